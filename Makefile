@@ -1,0 +1,57 @@
+# `make` alone explains itself. Every target works first on a fresh clone: the environment is made when needed.
+PYTHON ?= python3
+JOBS ?=
+PY := .venv/bin/python
+
+.PHONY: help all quick test report figures bench restore clean
+
+help:
+	@echo "make all      compute every experiment, figure and REPORT.md (about three quarters of an hour on 2 cores;"
+	@echo "              interrupt it when you like: the next 'make all' goes on; a second one does nothing)"
+	@echo "make quick    the same road on tiny budgets, into out-quick/ (minutes; its numbers mean nothing)"
+	@echo "make test     prove that the mathematics is right"
+	@echo "make report   render REPORT.md from the results in out/, without computing"
+	@echo "make figures  draw the figures again from the runs in .cache/"
+	@echo "make bench    where the time goes on this machine"
+	@echo "make restore IMAGE=photo.jpg TASK=denoise|inpaint|superres [SIGMA=25] [MASK=mask.png] [FACTOR=2]"
+	@echo "             [METHOD=dip|ddpm] [OUT=result.png]     restore a photo of yours"
+	@echo "make clean    forget the cache and the quick results (out/ stays)"
+	@echo "Variables: PYTHON=$(PYTHON) (3.10 to 3.13), JOBS=number of processes (default: one per core)"
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+all: .venv/ready
+	$(PY) experiments.py all $(if $(JOBS),--jobs $(JOBS))
+
+quick: .venv/ready
+	$(PY) experiments.py all --scale quick $(if $(JOBS),--jobs $(JOBS))
+
+test: .venv/ready
+	$(PY) -m pytest -q tests
+
+report: .venv/ready
+	$(PY) experiments.py report
+
+figures: .venv/ready
+	$(PY) experiments.py figures
+
+bench: .venv/ready
+	$(PY) experiments.py bench
+
+# Values travel in the environment, so that spaces and quotes in file names stay what they are.
+restore: export RESTORE_IMAGE := $(IMAGE)
+restore: export RESTORE_TASK := $(TASK)
+restore: export RESTORE_SIGMA := $(SIGMA)
+restore: export RESTORE_MASK := $(MASK)
+restore: export RESTORE_FACTOR := $(FACTOR)
+restore: export RESTORE_METHOD := $(METHOD)
+restore: export RESTORE_OUT := $(OUT)
+restore: .venv/ready
+	@$(PY) experiments.py restore --image "$$RESTORE_IMAGE" --task "$$RESTORE_TASK" --sigma "$$RESTORE_SIGMA" --mask "$$RESTORE_MASK" \
+	  --factor "$$RESTORE_FACTOR" --method "$${RESTORE_METHOD:-dip}" --out "$$RESTORE_OUT"
+
+clean:
+	rm -rf .cache out-quick .pytest_cache .hypothesis

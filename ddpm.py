@@ -1,0 +1,323 @@
+"""Denoising diffusion probabilistic models: learn to undo noise, then run the undoing from pure noise.
+
+Read in order: schedule → forward process → posterior → what the network predicts → training → sampling → network.
+
+Notation (papers: DDPM = Ho et al. 2020, DDIM = Song et al. 2021)
+    t = 1 … T     step; t = 0 is the clean image, t = T is (almost) pure noise
+    beta[t]       variance added by step t;   alpha[t] = 1 − beta[t]
+    alpha_bar[t]  product of alpha[1 … t];    alpha_bar[0] = 1
+    x0, xt, eps   clean image, noisy image, the noise: xt = √ᾱ_t x0 + √(1−ᾱ_t) eps
+    x0_hat        the current guess of x0
+    denoise       a function (xt, t) → x0_hat; a trained network, or in the tests an exact posterior mean
+
+Images are float tensors (B, C, H, W). Outside this file they live in [0, 1]; the diffusion works in [−1, 1], and
+`to_diffusion`, `to_image` and `step_of` are the only places that know it. Every random number comes from the
+`torch.Generator` that the caller passes.
+"""
+import copy
+import math
+from typing import Callable, Iterator, NamedTuple, Optional
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+# ---------------------------------------------------------------------------------------------------- ranges
+
+def to_diffusion(image: Tensor) -> Tensor:
+    """[0, 1] → [−1, 1]."""
+    return 2 * image - 1
+
+
+def to_image(x: Tensor) -> Tensor:
+    """[−1, 1] → [0, 1]; values outside are kept, so the two functions are exact inverses."""
+    return (x + 1) / 2
+
+
+# -------------------------------------------------------------------------------------------------- schedule
+
+class Schedule(NamedTuple):
+    """Three float64 tensors of length T + 1, indexed by t itself. Index 0 is the clean image: β₀ = 0, ᾱ₀ = 1."""
+    beta: Tensor
+    alpha: Tensor
+    alpha_bar: Tensor
+
+    @property
+    def T(self) -> int:
+        return len(self.beta) - 1
+
+
+def from_curve(alpha_bar: Tensor) -> Schedule:
+    """The schedule whose ᾱ follows `alpha_bar` (T+1 values from 1 downwards), with β ≤ 0.999 (Nichol & Dhariwal 2021)."""
+    beta = 1 - alpha_bar[1:] / alpha_bar[:-1]
+    beta = torch.cat([torch.zeros(1, dtype=torch.float64), beta.clamp(max=0.999)])
+    return Schedule(beta, 1 - beta, torch.cumprod(1 - beta, 0))
+
+
+def linear(T: int = 1000) -> Schedule:
+    """β from 1e-4 to 0.02 in 1000 equal increments (DDPM, Section 4); another T reads the same ᾱ curve at T points."""
+    log_alpha = torch.cat([torch.zeros(1, dtype=torch.float64),
+                           torch.log1p(-torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))])
+    position = _grid(T) * 1000
+    low = position.floor().long().clamp(max=999)
+    curve = torch.cumsum(log_alpha, 0)
+    return from_curve(torch.exp(torch.lerp(curve[low], curve[low + 1], position - low)))
+
+
+def cosine(T: int = 1000, s: float = 0.008) -> Schedule:
+    """ᾱ_t = f(t)/f(0), f(t) = cos²((t/T + s)/(1 + s) · π/2) (Nichol & Dhariwal 2021, Eq. 17)."""
+    f = torch.cos((_grid(T) + s) / (1 + s) * math.pi / 2) ** 2
+    return from_curve(f / f[0])
+
+
+def sigmoid(T: int = 1000, start: float = -3, end: float = 3) -> Schedule:
+    """ᾱ falls along a logistic curve from `start` to `end`, rescaled to run from 1 to 0 (Jabri et al. 2022, τ = 1)."""
+    f = torch.sigmoid(-(start + (end - start) * _grid(T)))
+    return from_curve((f - f[-1]) / (f[0] - f[-1]))
+
+
+def _grid(T: int) -> Tensor:
+    if T < 2:
+        raise ValueError(f"a schedule needs T ≥ 2 steps, got {T}")
+    return torch.arange(T + 1, dtype=torch.float64) / T
+
+
+def noise_level(s: Schedule) -> Tensor:
+    """(T+1,): σ_t = √((1−ᾱ_t)/ᾱ_t) / 2, the noise of xt/√ᾱ_t in [0, 1] units (the half undoes [−1, 1])."""
+    return torch.sqrt((1 - s.alpha_bar) / s.alpha_bar) / 2
+
+
+def step_of(s: Schedule, sigma: float) -> int:
+    """The step whose noise level is nearest to `sigma` ([0, 1] units) on a logarithmic scale; at least 1."""
+    return 1 + int((noise_level(s)[1:].log() - math.log(max(sigma, 1e-12))).abs().argmin())
+
+
+def at(values: Tensor, t, like: Tensor) -> Tensor:
+    """values[t] shaped to multiply `like` (B, …). t is an int or a (B,) integer tensor."""
+    v = values.to(like.dtype).to(like.device)[torch.as_tensor(t, device=like.device)]
+    return v.reshape(-1, *[1] * (like.dim() - 1))
+
+
+# ------------------------------------------------------------------------------- forward process and posterior
+
+def q_sample(s: Schedule, x0: Tensor, t, eps: Tensor) -> Tensor:
+    """A draw from q(x_t | x_0), DDPM Eq. 4: √ᾱ_t x0 + √(1−ᾱ_t) eps."""
+    return at(s.alpha_bar.sqrt(), t, x0) * x0 + at((1 - s.alpha_bar).sqrt(), t, x0) * eps
+
+
+def predict_x0(s: Schedule, xt: Tensor, t, eps: Tensor) -> Tensor:
+    """The x0 for which `q_sample` gives xt (DDPM, Eq. 15)."""
+    return (xt - at((1 - s.alpha_bar).sqrt(), t, xt) * eps) / at(s.alpha_bar.sqrt(), t, xt)
+
+
+def predict_eps(s: Schedule, xt: Tensor, t, x0: Tensor) -> Tensor:
+    """The noise for which `q_sample` gives xt; t ≥ 1."""
+    return (xt - at(s.alpha_bar.sqrt(), t, xt) * x0) / at((1 - s.alpha_bar).sqrt(), t, xt)
+
+
+def q_posterior(s: Schedule, x0: Tensor, xt: Tensor, t: int) -> tuple[Tensor, float]:
+    """Mean and variance of q(x_{t−1} | x_t, x_0), DDPM Eq. 6–7. The variance at t = 1 is exactly 0."""
+    before, now = s.alpha_bar[t - 1], s.alpha_bar[t]
+    weight_x0 = float(before.sqrt() * s.beta[t] / (1 - now))
+    weight_xt = float(s.alpha[t].sqrt() * (1 - before) / (1 - now))
+    return weight_x0 * x0 + weight_xt * xt, float(s.beta[t] * (1 - before) / (1 - now))
+
+
+# ------------------------------------------------------------------------------- what the network predicts
+
+class Head(NamedTuple):
+    """What a network is asked for: `target(s, x0, eps, t)`, and how to read x0 out of it: `x0(s, xt, t, out)`."""
+    target: Callable
+    x0: Callable
+
+
+eps_head = Head(target=lambda s, x0, eps, t: eps, x0=predict_x0)
+"""The network predicts the noise (DDPM, Eq. 14)."""
+
+v_head = Head(target=lambda s, x0, eps, t: at(s.alpha_bar.sqrt(), t, x0) * eps - at((1 - s.alpha_bar).sqrt(), t, x0) * x0,
+              x0=lambda s, xt, t, v: at(s.alpha_bar.sqrt(), t, xt) * xt - at((1 - s.alpha_bar).sqrt(), t, xt) * v)
+"""The network predicts v = √ᾱ eps − √(1−ᾱ) x0 (Salimans & Ho 2022): well-conditioned at both ends of the chain."""
+
+
+def denoiser(net: nn.Module, s: Schedule, head: Head) -> Callable[[Tensor, int], Tensor]:
+    """The network as a function (xt, t) → x0_hat, clipped to the range of images, without gradient."""
+    @torch.no_grad()
+    def denoise(xt: Tensor, t) -> Tensor:
+        steps = torch.as_tensor(t, device=xt.device).expand(len(xt))
+        return head.x0(s, xt, steps, net(xt, steps).float()).clamp(-1, 1)
+    return denoise
+
+
+def one_step(denoise: Callable, s: Schedule, y: Tensor, sigma: float) -> Tensor:
+    """Denoise images y in [0, 1] with noise `sigma` by one evaluation: E[x0 | y], the estimate of least mean square error.
+
+    y is, up to scale, a state of the forward process at the step whose noise level is sigma.
+    """
+    t = step_of(s, sigma)
+    return to_image(denoise(at(s.alpha_bar.sqrt(), t, y) * to_diffusion(y), t))
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+def loss(net: nn.Module, s: Schedule, head: Head, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """Mean squared error of the prediction; with `eps_head` this is L_simple, DDPM Eq. 14. Scalar."""
+    return F.mse_loss(net(q_sample(s, x0, t, eps), t).float(), head.target(s, x0, eps, t))
+
+
+class TrainState(NamedTuple):
+    """After a step: its number (from 1), its loss, the averaged network to use, and `checkpoint()` to save and resume."""
+    step: int
+    loss: float
+    ema: nn.Module
+    checkpoint: Callable[[], dict]
+
+
+def train(net: nn.Module, s: Schedule, batch: Callable[[torch.Generator], Tensor], head: Head, steps: int,
+          generator: torch.Generator, *, lr: float = 1e-3, warmup: int = 100, clip: float = 1.0, ema_decay: float = 0.999,
+          t_max: Optional[int] = None, amp: Optional[torch.dtype] = None, resume: Optional[dict] = None
+          ) -> Iterator[TrainState]:
+    """DDPM Algorithm 1 with Adam: yields after each of `steps` updates.
+
+    batch(generator) → (B, C, H, W) in [0, 1]. The steps t are spread evenly over the batch (Kingma et al. 2021, App. I.1),
+    up to `t_max`. The learning rate warms up linearly, stays, and falls linearly over the last third; gradients are
+    clipped by norm; the yielded `ema` is an exponential average of the weights, shorter at the beginning. `amp`: dtype for autocast. A run resumed from a
+    checkpoint continues bit for bit as if it had never stopped.
+    """
+    ema = copy.deepcopy(net).requires_grad_(False).eval()
+    optimiser = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
+    device, t_max, start = next(net.parameters()).device, t_max or s.T, 0
+    if resume:
+        net.load_state_dict(resume["net"]), ema.load_state_dict(resume["ema"])
+        optimiser.load_state_dict(resume["optimiser"]), generator.set_state(resume["generator"])
+        start = resume["step"]
+    for step in range(start + 1, steps + 1):
+        x0 = to_diffusion(batch(generator)).to(device)
+        spread = (torch.rand(1, generator=generator) + torch.arange(len(x0)) / len(x0)) % 1
+        t = (1 + (spread * t_max).long()).clamp(max=t_max).to(device)
+        eps = torch.randn(x0.shape, generator=generator).to(device)
+        for group in optimiser.param_groups:
+            group["lr"] = lr * min(1, step / warmup, 3 * (steps + 1 - step) / steps)
+        with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+            value = loss(net, s, head, x0, t, eps)
+        optimiser.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), clip)
+        optimiser.step()
+        update_ema(ema, net, min(ema_decay, (1 + step) / (10 + step)))
+        yield TrainState(step, value.item(), ema, lambda: {
+            "net": net.state_dict(), "ema": ema.state_dict(), "optimiser": optimiser.state_dict(),
+            "generator": generator.get_state(), "step": step})
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, net: nn.Module, decay: float) -> None:
+    """ema ← decay · ema + (1 − decay) · net, on parameters; buffers are not averaged but copied."""
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+    for kept, new in zip(ema.buffers(), net.buffers()):
+        kept.copy_(new)
+
+
+# ---------------------------------------------------------------------------------------------------- sampling
+
+class Sample(NamedTuple):
+    """After a reverse step: where the chain now stands (t, x in [−1, 1]) and the guess it was moved by."""
+    t: int
+    x: Tensor
+    x0_hat: Tensor
+
+
+def p_sample(denoise: Callable, s: Schedule, x: Tensor, generator: torch.Generator, t_start: Optional[int] = None,
+             refine: Callable = lambda x0_hat, t: x0_hat) -> Iterator[Sample]:
+    """Ancestral sampling, DDPM Algorithm 2, from state x at step t_start (default T) down to 0.
+
+    Algorithm 2 is written with eps; here the same mean is written with x0_hat: q(x_{t−1} | x_t, x0_hat).
+    `refine(x0_hat, t) → x0_hat` is where measurements or another prior can correct the guess.
+    """
+    for t in range(s.T if t_start is None else t_start, 0, -1):
+        x0_hat = refine(denoise(x, t), t)
+        mean, variance = q_posterior(s, x0_hat, x, t)
+        x = mean + math.sqrt(variance) * _noise(x, generator)
+        yield Sample(t - 1, x, x0_hat)
+
+
+def ddim(denoise: Callable, s: Schedule, x: Tensor, steps: int, generator: torch.Generator, eta: float = 0.,
+         t_start: Optional[int] = None, refine: Callable = lambda x0_hat, t: x0_hat) -> Iterator[Sample]:
+    """DDIM Eq. 12 in `steps` jumps from t_start to 0. eta = 0: deterministic; eta = 1 and all steps: ancestral sampling."""
+    times = torch.linspace(s.T if t_start is None else t_start, 0, steps + 1).round().long().unique().flip(0).tolist()
+    for t, t_next in zip(times, times[1:]):
+        x0_hat = refine(denoise(x, t), t)
+        now, then = s.alpha_bar[t].item(), s.alpha_bar[t_next].item()
+        std = eta * math.sqrt((1 - then) / (1 - now) * (1 - now / then))                                      # Eq. 16
+        direction = math.sqrt(max(1 - then - std ** 2, 0)) * predict_eps(s, x, t, x0_hat)
+        x = math.sqrt(then) * x0_hat + direction + (std * _noise(x, generator) if std else 0)
+        yield Sample(t_next, x, x0_hat)
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+
+
+# ----------------------------------------------------------------------------------------------------- network
+
+class ResBlock(nn.Module):
+    """norm → SiLU → conv → norm · (1 + scale(t)) + shift(t) → SiLU → conv, added to the input."""
+
+    def __init__(self, c_in: int, c_out: int, c_time: int):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(8, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(8, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.time = nn.Linear(c_time, 2 * c_out)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)                # each block starts as the identity: early training is calm
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        scale, shift = self.time(emb)[:, :, None, None].chunk(2, dim=1)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+        return self.skip(x) + h
+
+
+class UNet(nn.Module):
+    """(xt, t) → an image-shaped prediction. Any height and width; weights do not depend on the size.
+
+    A U-Net (Ronneberger et al. 2015) without attention: a residual block per scale on the way down, one at the bottom,
+    one per scale on the way up, fed with what the way down saw at that scale. `widths` are the channels of each scale,
+    finest first. The finest scale is thin but works on whole pixels: noise lives there.
+    """
+
+    def __init__(self, channels: int = 3, widths: tuple = (32, 64, 96)):
+        super().__init__()
+        c_time, self.multiple = 4 * widths[0], 2 ** (len(widths) - 1)
+        self.embed = nn.Sequential(nn.Linear(widths[0], c_time), nn.SiLU(), nn.Linear(c_time, c_time), nn.SiLU())
+        self.enter = nn.Conv2d(channels, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(ResBlock(w, w, c_time) for w in widths)
+        self.shrink = nn.ModuleList(nn.Conv2d(w, v, 3, stride=2, padding=1) for w, v in zip(widths, widths[1:]))
+        self.bottom = ResBlock(widths[-1], widths[-1], c_time)
+        self.up = nn.ModuleList(ResBlock(2 * w, w, c_time) for w in widths)
+        self.grow = nn.ModuleList(nn.Conv2d(v, w, 1) for w, v in zip(widths, widths[1:]))
+        self.leave = nn.Sequential(nn.GroupNorm(8, widths[0]), nn.SiLU(), nn.Conv2d(widths[0], channels, 3, padding=1))
+        nn.init.zeros_(self.leave[-1].weight)
+
+    def forward(self, xt: Tensor, t: Tensor) -> Tensor:
+        height, width = xt.shape[-2:]
+        x = F.pad(xt, (0, -width % self.multiple, 0, -height % self.multiple), mode="replicate")
+        x = self.enter(x)
+        emb, seen = self.embed(time_features(t, self.embed[0].in_features)), []
+        for i, block in enumerate(self.down):
+            x = block(self.shrink[i - 1](x) if i else x, emb)
+            seen.append(x)
+        x = self.bottom(x, emb)
+        for i in reversed(range(len(self.up))):
+            x = self.up[i](torch.cat([x, seen[i]], dim=1), emb)
+            if i:
+                x = F.interpolate(self.grow[i - 1](x), scale_factor=2, mode="nearest")
+        return self.leave(x)[..., :height, :width]
+
+
+def time_features(t: Tensor, size: int) -> Tensor:
+    """(B,) steps → (B, size) sines and cosines of t at wavelengths from 2π to 2π · 10⁴ steps (Vaswani et al. 2017)."""
+    frequency = torch.exp(-math.log(1e4) * torch.arange(size // 2, device=t.device) / (size // 2))
+    phase = t.float()[:, None] * frequency
+    return torch.cat([phase.sin(), phase.cos()], dim=1)

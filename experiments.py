@@ -1,0 +1,1300 @@
+"""Everything impure: data, runs, caches, figures, the report and the command line. Read it last."""
+import argparse
+import ast
+import functools
+import hashlib
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import platform
+import re
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import skimage
+import torch
+import torch.nn as nn
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+import ddpm
+import dip
+import metrics
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt                                                                      # noqa: E402
+
+
+# ------------------------------------------------------------------------------------------------------ data
+
+TEST = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
+DEVELOPMENT = ("motorcycle_left.png", "hubble_deep_field.jpg")
+TRAINING = ("retina.jpg", "ihc.png", "brick.png", "grass.png", "gravel.png", "coins.png", "moon.png", "cell.png", "camera.png",
+            "page.png", "text.png", "clock_motion.png", "microaneurysms.png", "grace_hopper.jpg")
+
+
+def photo(name: str) -> Image.Image:
+    """A photograph from the installed wheels of scikit-image or matplotlib."""
+    folders = Path(skimage.__file__).parent / "data", Path(matplotlib.get_data_path()) / "sample_data"
+    return Image.open(next(f / name for f in folders if (f / name).exists())).convert("RGB")
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """(1, C, H, W) in [0, 1]."""
+    return torch.from_numpy(np.asarray(image, np.float32) / 255).permute(2, 0, 1)[None].contiguous()
+
+
+@functools.cache
+def crops(name: str, size: int = 128) -> dict[str, Tensor]:
+    """Three views of a photo, by rule and not by taste: the centred square, and 256 × 256 pixels at half height from the left
+    and from the right edge; each reduced to size × size."""
+    image, views = photo(name), {}
+    w, h = image.size
+    for label, side, place in (("whole", min(w, h), 1 / 2), ("left", 256, 0), ("right", 256, 1)):
+        x, y = round((w - side) * place), (h - side) // 2
+        views[f"{Path(name).stem}-{label}"] = to_tensor(image.resize((size, size), Image.Resampling.BOX, (x, y, x + side, y + side)))
+    return views
+
+
+def photo_named(view: str, size: int) -> Tensor:
+    """crops("chelsea.png", size)["chelsea-left"] by its view's name."""
+    name = next(n for n in TEST + DEVELOPMENT if n.startswith(view.rsplit("-", 1)[0]))
+    return crops(name, size)[view]
+
+
+@functools.cache
+def training_photos() -> list[Tensor]:
+    """The training photographs at full, half and quarter size where at least 64 pixels remain."""
+    found = []
+    for name in TRAINING:
+        image = photo(name)
+        for k in (1, 2, 4):
+            if min(image.size) // k >= 64:
+                found.append(to_tensor(image.reduce(k))[0])
+    return found
+
+
+def photo_patches(generator: torch.Generator, n: int = 16, size: int = 64) -> Tensor:
+    """(n, 3, size, size): random places of random training photos, flipped and transposed at random."""
+    def draw(high):
+        return int(torch.randint(high, (1,), generator=generator))
+    patches = []
+    for _ in range(n):
+        image = training_photos()[draw(len(training_photos()))]
+        y, x = (draw(side - size + 1) for side in image.shape[1:])
+        patch = image[:, y:y + size, x:x + size]
+        patch = patch.flip(1) if draw(2) else patch
+        patch = patch.flip(2) if draw(2) else patch
+        patches.append(patch.transpose(1, 2) if draw(2) else patch)
+    return torch.stack(patches)
+
+
+@functools.cache
+def cat_layers(size: int = 32) -> list[Tensor]:
+    """Five tensors (options, 4, size, size) of premultiplied RGBA: body, fur, eyes, mouth, accessory (David Revoy, CC-BY 4.0)."""
+    root = Path(importlib.util.find_spec("robohash").origin).parent / "sets" / "set4"
+    def load(path):
+        rgba = np.asarray(Image.open(path).convert("RGBA"), np.float32) / 255
+        rgba[..., :3] *= rgba[..., 3:]
+        k = rgba.shape[0] // size
+        return rgba.reshape(size, k, size, k, 4).mean((1, 3)).transpose(2, 0, 1)
+    return [torch.from_numpy(np.stack([load(p) for p in sorted(folder.glob("*.png"), key=lambda p: int(p.stem[:3]))]))
+            for folder in sorted(root.iterdir()) if folder.is_dir()]
+
+
+def render_cats(parts: Tensor, size: int = 32) -> Tensor:
+    """(n, 5) factor indices → (n, 3, size, size) in [0, 1]: the layers laid over white, in order."""
+    image = torch.ones(len(parts), 3, size, size)
+    for layer, index in zip(cat_layers(size), parts.T):
+        rgba = layer[index]
+        image = image * (1 - rgba[:, 3:]) + rgba[:, :3]
+    return image.clamp(0, 1)
+
+
+CAT_FACTORS = {"body": 15, "fur": 10, "eyes": 15, "mouth": 10, "accessory": 16}
+
+
+def cat_number(parts: Tensor) -> Tensor:
+    """(n, 5) factors → (n,) numbers, one for each of the 360,000 cats."""
+    number = torch.zeros(len(parts), dtype=torch.long)
+    for index, options in zip(parts.T, CAT_FACTORS.values()):
+        number = number * options + index
+    return number
+
+
+def everything(parts: Tensor) -> Tensor:
+    return torch.ones(len(parts), dtype=torch.bool)
+
+
+def held_out(parts: Tensor) -> Tensor:
+    """(n,) bool: a tenth of all pairs (fur, eyes) never occurs in training."""
+    return (parts[:, 1] + parts[:, 2]) % 10 == 0
+
+
+def draw_cats(generator: torch.Generator, n: int, keep=lambda parts: ~held_out(parts)) -> Tensor:
+    """(n, 5) factors, uniform among the combinations that `keep` admits."""
+    parts = torch.stack([torch.randint(k, (4 * n + 64,), generator=generator) for k in CAT_FACTORS.values()], dim=1)
+    return parts[keep(parts)][:n]
+
+
+def cat_batch(generator: torch.Generator, n: int = 64) -> Tensor:
+    return render_cats(draw_cats(generator, n))
+
+
+# -------------------------------------------------------------------------------------------------- machinery
+
+ROOT = Path(__file__).resolve().parent
+CACHE = ROOT / ".cache"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+NATIVE_BF16 = (DEVICE.type == "cuda" and torch.cuda.is_bf16_supported()) or (
+    DEVICE.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
+AMP = torch.bfloat16 if NATIVE_BF16 else None           # where bf16 is emulated it is slower than float32
+
+
+class Refusal(Exception):
+    """Something the user can mend; its text is the one sentence shown."""
+
+
+def write(path: Path, save) -> None:
+    """Call save(temporary path), then rename: readers see the old file or the whole new one, never a half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    save(temporary)
+    os.replace(temporary, path)
+
+
+@functools.cache
+def definitions() -> dict:
+    """(module, name) → syntax tree of every top-level definition in our five files, docstrings removed."""
+    found = {}
+    for module in ("metrics", "ddpm", "dip", "hybrid", "experiments"):
+        path = ROOT / f"{module}.py"
+        for node in ast.parse(path.read_text()).body if path.exists() else []:
+            for part in ast.walk(node):
+                if isinstance(part, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(part, clean=False) is not None:
+                    part.body = part.body[1:]
+            targets = getattr(node, "targets", [getattr(node, "target", node)])
+            for target in targets:
+                for name in [n.id for n in ast.walk(target) if isinstance(n, ast.Name)] if target is not node else [getattr(node, "name", "")]:
+                    found[module, name] = node
+    return found
+
+
+@functools.cache
+def fingerprint(name: str, module: str = "experiments") -> str:
+    """A hash of the code behind a definition: its syntax tree and, again and again, those of all definitions of ours that
+    it names. Comments, docstrings and layout do not count, and neither does the version of Python."""
+    def shape(node):
+        if isinstance(node, ast.AST):
+            return type(node).__name__, [(k, shape(v)) for k, v in ast.iter_fields(node) if v not in (None, [])]
+        return [shape(n) for n in node] if isinstance(node, list) else node
+    todo, seen = [(module, name)], set()
+    while todo:
+        here = todo.pop()
+        if here in seen or here not in definitions():
+            continue
+        seen.add(here)
+        for node in ast.walk(definitions()[here]):
+            if isinstance(node, ast.Name):
+                todo.append((here[0], node.id))
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                todo.append((node.value.id, node.attr))
+    return hashlib.sha256(repr([(h, shape(definitions()[h])) for h in sorted(seen)]).encode()).hexdigest()
+
+
+class Run:
+    """One cached computation. A subclass is a frozen dataclass: its fields are all its settings, `execute(progress)` does
+    the work and returns a dict of tensors and plain values, `needs` are runs whose results it reads, `cost` is a guess
+    in core-seconds for the order of work and the time left."""
+    needs: tuple = ()
+    cost: float = 1.0
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256((repr(self) + fingerprint(type(self).__name__)).encode()).hexdigest()[:16]
+
+    @property
+    def path(self) -> Path:
+        return CACHE / f"{type(self).__name__}-{self.key}.pt"
+
+    def result(self) -> dict:
+        return torch.load(self.path, weights_only=True)
+
+    def generator(self, salt: str = "") -> torch.Generator:
+        """Reproducible and of its own for every seed and purpose; equal for runs that differ in other settings only."""
+        digest = hashlib.sha256(f"{self.seed}/{salt}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def _start_worker(queue) -> None:
+    """Workers use one thread each, leave Ctrl-C to the parent, and do not outlive it."""
+    global report_progress
+    report_progress = queue.put
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _work(run: Run) -> None:
+    last = [0.0]
+
+    def progress(done: float, note: str = "") -> None:
+        if time.monotonic() - last[0] > 1:
+            last[0] = time.monotonic()
+            report_progress((run, done, note))
+    write(run.path, functools.partial(torch.save, run.execute(progress)))
+
+
+def execute(runs, jobs: int) -> None:
+    """Do what the cache lacks of `runs` and of the runs they need, in `jobs` processes, with one progress bar."""
+    todo = {}
+
+    def add(run):
+        if run.path.exists() or run in todo:
+            return
+        for need in run.needs:
+            add(need)
+        todo[run] = None
+    for run in runs:
+        add(run)
+    if not todo:
+        return
+    total, done, notes, context = sum(r.cost for r in todo), 0.0, {}, multiprocessing.get_context("spawn")
+    waiting, running = sorted(todo, key=lambda r: (bool(r.needs), -r.cost)), {}
+    queue = context.Manager().Queue()
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(queue,))
+    bar = tqdm(total=100, desc=f"{len(todo)} runs", bar_format="{desc} {percentage:3.0f}% {bar} {elapsed} <{remaining} {postfix}",
+               mininterval=0 if sys.stderr.isatty() else 60, smoothing=0.02)
+    try:
+        while waiting or running:
+            for run in [r for r in waiting if not any(n in todo for n in r.needs)][:jobs - len(running)]:
+                waiting.remove(run)
+                running[pool.submit(_work, run)] = run
+            finished, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
+            while not queue.empty():
+                run, fraction, note = queue.get()
+                notes[run] = fraction, note
+            for future in finished:
+                run = running.pop(future)
+                future.result()
+                done += run.cost
+                del todo[run]
+            notes = {r: n for r, n in notes.items() if r in running.values()}
+            bar.set_postfix_str(f"{len(todo)} left; " + " | ".join(f"{r.label} {100 * f:.0f}% {n}" for r, (f, n) in notes.items()), refresh=False)
+            bar.update(100 * (done + sum(r.cost * f for r, (f, _) in notes.items())) / total - bar.n)
+    except KeyboardInterrupt:
+        raise Refusal("interrupted: every finished run is kept, run the same command again to go on")
+    except BrokenProcessPool:
+        raise Refusal("a worker process was killed: every finished run is kept, run the same command again to go on")
+    finally:
+        bar.close()
+        for process in list((pool._processes or {}).values()):
+            process.terminate() if running else None
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+# --------------------------------------------------------------------------------------- runs: diffusion models
+
+@dataclass(frozen=True)
+class Train(Run):
+    """A diffusion model, its weights averaged at an eighth, a quarter, a half and the whole of training; resumable."""
+    data: str                                       # "cats" or "photos"
+    steps: int
+    schedule: str = "cosine"
+    head: str = "v"
+    seed: int = 0
+
+    label = property(lambda self: f"train {self.data}")
+    cost = property(lambda self: self.steps * (0.26 if self.data == "cats" else 0.5))
+    images = property(lambda self: 16 if self.data == "cats" else 8)                                      # per step
+    widths = property(lambda self: (32, 64, 96, 128) if self.data == "cats" else (32, 64, 96))
+    lr = property(lambda self: 2e-3 if self.data == "cats" else 3e-3)
+
+    def network(self) -> ddpm.UNet:
+        torch.manual_seed(self.seed)
+        return ddpm.UNet(3, self.widths).to(DEVICE, memory_format=torch.channels_last)
+
+    def parts(self) -> tuple:
+        schedule = {"linear": ddpm.linear, "cosine": ddpm.cosine, "sigmoid": ddpm.sigmoid}[self.schedule]
+        return schedule(1000), {"v": ddpm.v_head, "eps": ddpm.eps_head}[self.head]
+
+    def denoiser(self, at: float = 1.0, ema: bool = True):
+        """The trained model after the fraction `at` of its training, as (denoise, schedule)."""
+        network, (schedule, head), result = self.network(), self.parts(), self.result()
+        network.load_state_dict(result["ema"][at] if ema else result["raw"])
+        return ddpm.denoiser(network.eval(), schedule, head), schedule
+
+    def execute(self, progress) -> dict:
+        seen = torch.zeros(math.prod(CAT_FACTORS.values()), dtype=torch.bool)
+
+        def batch(generator):
+            if self.data == "photos":
+                return photo_patches(generator, self.images)
+            parts = draw_cats(generator, self.images)
+            seen[cat_number(parts)] = True
+            return render_cats(parts)
+        half_done, saved = self.path.with_suffix(".part.pt"), {"ema": {}, "losses": [], "seconds": 0.0, "trainer": None}
+        if half_done.exists():
+            saved = torch.load(half_done, weights_only=True)
+            seen.copy_(saved["seen"])
+        began, spent, last = time.perf_counter(), saved["seconds"], time.perf_counter()
+        marks = {max(1, round(self.steps * f)): f for f in (1 / 8, 1 / 4, 1 / 2, 1.0)}
+        network, (schedule, head) = self.network(), self.parts()
+        for state in ddpm.train(network, schedule, batch, head, self.steps, self.generator(), lr=self.lr, amp=AMP,
+                                resume=saved["trainer"]):
+            saved["losses"].append(state.loss)
+            seconds = spent + time.perf_counter() - began
+            progress(state.step / self.steps, f"loss {state.loss:.3f}, {self.images * state.step / seconds:.0f} images/s")
+            if state.step in marks:
+                saved["ema"][marks[state.step]] = {k: v.detach().cpu().clone() for k, v in state.ema.state_dict().items()}
+            if time.perf_counter() - last > 60:
+                last = time.perf_counter()
+                write(half_done, functools.partial(torch.save, {**saved, "seconds": seconds, "seen": seen, "trainer": state.checkpoint()}))
+        half_done.unlink(missing_ok=True)
+        raw = {k: v.detach().cpu() for k, v in network.state_dict().items()}
+        return {"ema": saved["ema"], "raw": raw, "losses": saved["losses"], "seen": seen, "seconds": seconds,
+                "parameters": sum(p.numel() for p in network.parameters())}
+
+
+class Eye(nn.Module):
+    """Names the five parts of a cat; its 64 features are where the Fréchet distance is taken."""
+
+    def __init__(self):
+        super().__init__()
+        widths = (3, 32, 64, 96)
+        self.features = nn.Sequential(*[m for a, b in zip(widths, widths[1:]) for m in (nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU())],
+                                      nn.Flatten(), nn.Linear(96 * 16, 64), nn.ReLU())
+        self.heads = nn.ModuleList(nn.Linear(64, k) for k in CAT_FACTORS.values())
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [head(self.features(x)) for head in self.heads]
+
+
+@dataclass(frozen=True)
+class LearnToSee(Run):
+    """The factor classifier: all combinations, labels free, trained on slightly noisy cats."""
+    steps: int
+    seed: int = 0
+    label, cost = "train classifier", property(lambda self: self.steps * 0.06)
+
+    def execute(self, progress) -> dict:
+        torch.manual_seed(self.seed)
+        eye, generator = Eye(), self.generator()
+        optimiser = torch.optim.Adam(eye.parameters(), lr=2e-3)
+        for step in range(self.steps):
+            parts = draw_cats(generator, 128, keep=everything)
+            x = render_cats(parts)
+            x = x + 0.1 * torch.rand(1, generator=generator) * torch.randn(x.shape, generator=generator)
+            loss = sum(nn.functional.cross_entropy(out, part) for out, part in zip(eye(x), parts.T))
+            optimiser.param_groups[0]["lr"] = 2e-3 * (1 - step / self.steps)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            progress(step / self.steps, f"loss {loss.item():.2f}")
+        return {"eye": eye.state_dict()}
+
+    def eye(self) -> Eye:
+        eye = Eye()
+        eye.load_state_dict(self.result()["eye"])
+        return eye.eval()
+
+
+@torch.no_grad()
+def examine(eye: Eye, images: Tensor, seen: Tensor) -> dict:
+    """What the classifier sees in cats (n, 3, 32, 32): features, and the measures that a known distribution allows."""
+    parts = torch.stack([out.argmax(1) for out in eye(images)], dim=1)
+    def entropy(index, options):                                                                   # 1 = uniform
+        share = torch.bincount(index, minlength=options) / len(index)
+        return float(-torch.special.xlogy(share, share).sum() / math.log(options))
+    sizes, names = list(CAT_FACTORS.values()), list(CAT_FACTORS)
+    pairs = [(i, j) for i in range(5) for j in range(i)]
+    return {"features": eye.features(images), "parts": parts, "n": len(images),
+            "fidelity": float((images - render_cats(parts)).square().mean((1, 2, 3)).sqrt().mean()),
+            "entropy": {n: entropy(parts[:, i], sizes[i]) for i, n in enumerate(names)},
+            "pair_entropy": sum(entropy(parts[:, i] * sizes[j] + parts[:, j], sizes[i] * sizes[j]) for i, j in pairs) / len(pairs),
+            "held_out": int(held_out(parts).sum()), "seen": float(seen[cat_number(parts)].float().mean())}
+
+
+@dataclass(frozen=True)
+class RealCats(Run):
+    """The floor: real cats examined as if they were samples."""
+    eye: LearnToSee
+    n: int
+    seed: int = 0
+    label, needs = "real cats", property(lambda self: (self.eye,))
+
+    def execute(self, progress) -> dict:
+        parts = draw_cats(self.generator(), self.n, keep=everything)
+        report = examine(self.eye.eye(), render_cats(parts), torch.zeros(math.prod(CAT_FACTORS.values())))
+        return report | {"accuracy": (report["parts"] == parts).float().mean(0).tolist()}
+
+
+@dataclass(frozen=True)
+class SampleCats(Run):
+    """n cats from a model: DDIM with `eta`, or with steps = 1000 and eta = 1 ancestral sampling."""
+    model: Train
+    eye: LearnToSee
+    n: int
+    steps: int = 50
+    eta: float = 0.0
+    at: float = 1.0
+    ema: bool = True
+    seed: int = 0
+    label, needs = "sample cats", property(lambda self: (self.model, self.eye))
+    cost = property(lambda self: self.n * self.steps * 0.0045)
+
+    def execute(self, progress) -> dict:
+        (denoise, schedule), generator, images, began = self.model.denoiser(self.at, self.ema), self.generator(), [], time.perf_counter()
+        for start in range(0, self.n, 64):
+            x = torch.randn(min(64, self.n - start), 3, 32, 32, generator=generator).to(DEVICE)
+            chain = ddpm.p_sample(denoise, schedule, x, generator) if (self.steps, self.eta) == (schedule.T, 1) else \
+                ddpm.ddim(denoise, schedule, x, self.steps, generator, self.eta)
+            film = []
+            for i, state in enumerate(chain):
+                progress((start + len(x) * i / self.steps) / self.n)
+                if start == 0 and (i % max(1, self.steps // 8) == 0 or state.t == 0):
+                    film.append(torch.stack([state.x[:4], state.x0_hat[:4]]).cpu())
+            images.append(ddpm.to_image(state.x).clamp(0, 1).cpu())
+            films = film if start == 0 else films
+        seconds = time.perf_counter() - began
+        return examine(self.eye.eye(), torch.cat(images), self.model.result()["seen"]) | {
+            "images": (torch.cat(images)[:64] * 255).round().byte(), "film": torch.stack(films), "seconds": seconds}
+
+
+@dataclass(frozen=True)
+class SamplePhotos(Run):
+    """Unconditional 64 × 64 patches."""
+    model: Train
+    n: int = 16
+    steps: int = 100
+    seed: int = 0
+    label, needs, cost = "sample photos", property(lambda self: (self.model,)), property(lambda self: self.n * self.steps * 0.03)
+
+    def execute(self, progress) -> dict:
+        (denoise, schedule), generator = self.model.denoiser(), self.generator()
+        x = torch.randn(self.n, 3, 64, 64, generator=generator).to(DEVICE)
+        for state in ddpm.ddim(denoise, schedule, x, self.steps, generator):
+            progress(1 - state.t / schedule.T)
+        return {"images": (ddpm.to_image(state.x).clamp(0, 1) * 255).round().byte().cpu()}
+
+
+@dataclass(frozen=True)
+class DenoisePhotos(Run):
+    """Photos + noise → estimates by the diffusion model: one step, or a DDIM chain from the step that matches the noise."""
+    model: Train
+    names: tuple
+    sigma: float                                                                                   # in 0 … 255
+    steps: int = 1
+    at: float = 1.0
+    size: int = 128
+    seed: int = 0
+    label, needs = "denoise photos", property(lambda self: (self.model,))
+    cost = property(lambda self: len(self.names) * 3 * self.steps * 0.12)
+
+    def execute(self, progress) -> dict:
+        (denoise, schedule), sigma, rows, pictures = self.model.denoiser(self.at), self.sigma / 255, {}, {}
+        for name, clean in ((n, x) for name in self.names for n, x in crops(name, self.size).items()):
+            y = clean + sigma * torch.randn(clean.shape, generator=self.generator(name))
+            began = time.perf_counter()
+            if self.steps == 1:
+                estimate = ddpm.one_step(denoise, schedule, y.to(DEVICE), sigma)
+            else:
+                t = ddpm.step_of(schedule, sigma)
+                x = ddpm.at(schedule.alpha_bar.sqrt(), t, y) * ddpm.to_diffusion(y)
+                *_, last = ddpm.ddim(denoise, schedule, x.to(DEVICE), self.steps, self.generator("chain"), t_start=t)
+                estimate = ddpm.to_image(last.x)
+            seconds = time.perf_counter() - began
+            rows[name] = score(estimate.cpu(), clean) | {"noisy_psnr": score(y, clean)["psnr"], "seconds": seconds}
+            pictures[name] = [to_bytes(y), to_bytes(estimate), to_bytes(clean)]
+        return {"rows": rows, "pictures": pictures}
+
+
+def score(estimate: Tensor, clean: Tensor) -> dict:
+    """Where the truth meets an estimate, and nowhere else."""
+    estimate = estimate.clamp(0, 1)
+    return {"psnr": metrics.psnr(estimate, clean).item(), "ssim": metrics.ssim(estimate, clean).item()}
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    return (x.detach().cpu().clamp(0, 1) * 255).round().byte()
+
+
+# ------------------------------------------------------------------------------------- runs: deep image prior
+
+TASKS = {"denoise15": 15, "denoise25": 25, "denoise50": 50, "superres4": 0, "random80": 0, "block": 0}
+"""Task → noise sigma in 0 … 255. The last three are measured without noise."""
+
+
+def measure(task: str, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, dip.Operator]:
+    """What the camera of `task` makes of the clean image: y and its operator."""
+    operator = dip.identity()
+    if task == "superres4":
+        operator = dip.downsample(4)
+    elif task == "random80":
+        operator = dip.mask((torch.rand(1, 1, *clean.shape[-2:], generator=generator) > 0.8).float().to(clean.device))
+    elif task == "block":
+        known, (h, w) = torch.ones_like(clean[:, :1]), clean.shape[-2:]
+        known[..., 3 * h // 8:5 * h // 8, 3 * w // 8:5 * w // 8] = 0
+        operator = dip.mask(known)
+    y = operator.A(clean)
+    return y + TASKS[task] / 255 * torch.randn(y.shape, generator=generator).to(y.device), operator
+
+
+@dataclass(frozen=True)
+class Fit(Run):
+    """One DIP fit with every rule watching: curves at each step, what each rule would deliver, some pictures."""
+    photo: str                                                                              # such as "chelsea-left"
+    task: str
+    steps: int
+    unseen: float = 0.0                                             # share of the measurements held out of the fit
+    widths: tuple = (32, 32, 32, 32)
+    skip: int = 4
+    upsample: str = "nearest"
+    padding: str = "zeros"
+    jitter: float = 1 / 30
+    size: int = 96
+    seed: int = 0
+    label = property(lambda self: f"fit {self.photo}")
+    cost = property(lambda self: self.steps * 0.037 * (self.widths[0] / 32) ** 1.4 * (self.size / 96) ** 2)
+
+    def rules(self, y, operator, unseen) -> dict:
+        found = {"budget": dip.FixedBudget(BUDGET[self.task]), "wmv": dip.WindowedVariance(*WMV), "emv": dip.MovingVariance(*EMV),
+                 "wmv_published": dip.WindowedVariance(), "emv_published": dip.MovingVariance()}
+        if TASKS[self.task]:
+            found["discrepancy"] = dip.Discrepancy(TASKS[self.task] / 255)
+            found["discrepancy_tuned"] = dip.Discrepancy(TASKS[self.task] / 255, TAU)
+        if self.unseen:
+            found["held_out"] = dip.HeldOut(y, operator.A, unseen)
+        return found
+
+    def execute(self, progress) -> dict:
+        clean = photo_named(self.photo, self.size).to(DEVICE)
+        generator = self.generator(f"{self.photo}/{self.task}")
+        y, operator = measure(self.task, clean, generator)
+        unseen = (torch.rand(1, 1, *y.shape[-2:], generator=generator) < self.unseen).float().to(DEVICE)
+        torch.manual_seed(self.seed)
+        network = dip.Hourglass(widths=self.widths, skip=self.skip, upsample=self.upsample, padding=self.padding).to(DEVICE)
+        z = dip.random_input(clean.shape[-2:], generator).to(DEVICE)
+        rules, stopped, pictures = self.rules(y, operator, unseen), {}, {"measured": operator.pinv(y)}
+        curves, seconds, began = {"psnr": [], "average_psnr": [], "misfit": []}, 0.0, time.perf_counter()
+        for step in dip.fit(y * (1 - unseen), lambda x: operator.A(x) * (1 - unseen), network, z, self.steps, generator,
+                            jitter=self.jitter, amp=AMP):
+            seconds += time.perf_counter() - began
+            for name, rule in rules.items():
+                if name not in stopped and rule(step):
+                    stopped[name] = step.i
+                if rule.best == step.i:
+                    pictures[name] = step.average
+            curves["psnr"].append(metrics.psnr(step.image, clean).item())
+            curves["average_psnr"].append(metrics.psnr(step.average, clean).item())
+            curves["misfit"].append(step.misfit)
+            if step.i == 1 or curves["average_psnr"][-1] >= max(curves["average_psnr"]):
+                pictures["oracle"] = step.average
+            progress(step.i / self.steps, self.task)
+            began = time.perf_counter()
+        pictures["last"] = step.average
+        return {"curves": {k: torch.tensor(v) for k, v in curves.items()}, "best": {n: r.best for n, r in rules.items()},
+                "stopped": stopped, "pictures": {n: to_bytes(p) for n, p in pictures.items()} | {"clean": to_bytes(clean)},
+                "seconds": seconds, "parameters": sum(p.numel() for p in network.parameters())}
+
+
+# ------------------------------------------------------------------------------------------------ experiments
+
+class Scale(NamedTuple):
+    """Budgets. `quick` only proves that every part runs; its numbers mean nothing."""
+    cats: int                                                                                  # training steps
+    photos: int
+    short: int                                                                 # … of a model that is an ablation
+    eye: int
+    samples: int                                                                           # cats per evaluation
+    few: int                                                       # … where each costs up to 1,000 evaluations
+    chain: tuple                                                                                # sampling steps
+    test: tuple
+    seeds: int
+    fit: dict                                                                                   # task → DIP steps
+
+
+SCALES = {
+    "full": Scale(3000, 1800, 240, 500, 512, 48, (5, 10, 20, 50, 100, 1000), TEST, 3,
+                  {"denoise15": 700, "denoise25": 550, "denoise50": 400, "superres4": 450, "random80": 400, "block": 500}),
+    "quick": Scale(24, 12, 8, 60, 64, 16, (5, 20), TEST[:1], 1, dict.fromkeys(TASKS, 24)),
+}
+BUDGET = {"denoise15": 620, "denoise25": 425, "denoise50": 300, "superres4": 450, "random80": 370, "block": 500}
+TAU = 0.875                                            # Morozov's constant, for the running average, on the development photos
+WMV, EMV = (50, 150), (0.05, 100, 50)         # window or weight, patience, first step: rescaled from fits of thousands of steps
+
+
+def views(names) -> list[str]:
+    return [view for name in names for view in crops(name)]
+
+
+def interval(values) -> dict:
+    """Mean and 95 % bootstrap interval of the mean (2,000 resamples, fixed seed)."""
+    values = np.asarray(list(values), float)
+    means = np.random.default_rng(0).choice(values, (2000, len(values))).mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
+
+
+def show(v: dict, digits: int = 2) -> str:
+    return f"{v['mean']:.{digits}f} [{v['low']:.{digits}f}, {v['high']:.{digits}f}]"
+
+
+def table(header, rows) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def share(count: int, n: int, fair: float) -> dict:
+    """count / n relative to its fair value, with Wilson's 95 % interval."""
+    z, p = 1.96, count / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = ((middle + s * half) / (1 + z * z / n) for s in (-1, 1))
+    return {"mean": p / fair, "low": low / fair, "high": high / fair, "n": n}
+
+
+class DDPM:
+    """Does the model generate, and at what cost?"""
+
+    def __init__(self, scale: Scale):
+        s = self.scale = scale
+        self.eye, self.cats, self.photos = LearnToSee(s.eye), Train("cats", s.cats), Train("photos", s.photos)
+        self.main = SampleCats(self.cats, self.eye, s.samples)
+        self.floor = {n: RealCats(self.eye, n, seed=1) for n in {s.samples, s.samples // 4, s.few}}
+        self.reference = RealCats(self.eye, 8 * s.samples, seed=2)
+        self.grid = {(eta, k): SampleCats(self.cats, self.eye, s.few, k, float(eta)) for eta in (0, 1) for k in s.chain}
+        self.budget = {at: SampleCats(self.cats, self.eye, s.samples // 4, at=at) for at in (1 / 8, 1 / 4, 1 / 2, 1.0)}
+        self.raw = SampleCats(self.cats, self.eye, s.samples // 4, ema=False)
+        self.variants = {f"{schedule}, {head}": SampleCats(Train("cats", s.short, schedule, head), self.eye, s.samples // 4)
+                         for schedule, head in (("cosine", "v"), ("linear", "v"), ("sigmoid", "v"), ("cosine", "eps"))}
+        self.sheet = SamplePhotos(self.photos, steps=min(50, s.chain[-1]))
+        self.denoise = {(sigma, 1, 1.0): DenoisePhotos(self.photos, s.test, sigma) for sigma in (15, 25, 50)}
+        self.denoise |= {(25, 1, at): DenoisePhotos(self.photos, s.test, 25, at=at) for at in (1 / 8, 1 / 4, 1 / 2)}
+        self.denoise |= {(25, k, 1.0): DenoisePhotos(self.photos, s.test, 25, steps=k) for k in (2, 10)}
+
+    @property
+    def runs(self) -> list[Run]:
+        return [self.main, *self.floor.values(), self.reference, *self.grid.values(), *self.budget.values(), self.raw,
+                *self.variants.values(), self.sheet, *self.denoise.values()]
+
+    def judge(self, result: dict, reference: dict) -> dict:
+        """The measures of one sheet, without its pictures."""
+        return {k: result[k] for k in ("n", "fidelity", "entropy", "pair_entropy", "seen", "seconds") if k in result} | {
+            "frechet": metrics.frechet(result["features"], reference["features"]),
+            "entropy_least": min(result["entropy"].values()), "held_out": share(result["held_out"], result["n"], 0.1)}
+
+    def assemble(self) -> tuple[dict, dict]:
+        reference = self.reference.result()
+        floor = {n: self.judge(run.result(), reference) for n, run in self.floor.items()}
+        main, raw = self.judge(self.main.result(), reference), self.judge(self.raw.result(), reference)
+        grid = {k: self.judge(run.result(), reference) for k, run in self.grid.items()}
+        budget = {k: self.judge(run.result(), reference) for k, run in self.budget.items()}
+        variants = {k: self.judge(run.result(), reference) for k, run in self.variants.items()}
+        trained = {k: t.result() for k, t in (("cats", self.cats), ("photos", self.photos))}
+        rows = {k: run.result()["rows"] for k, run in self.denoise.items()}
+        denoise = {k: {m: interval(r[m] for r in v.values()) for m in ("psnr", "ssim", "noisy_psnr", "seconds")} for k, v in rows.items()}
+        few, quarter = self.scale.few, self.scale.samples // 4
+
+        def row(name, m):
+            return [name, m["n"], f"{m['frechet']:.2f}", f"{m['fidelity']:.3f}", f"{100 * m['entropy_least']:.1f} %",
+                    f"{100 * m['pair_entropy']:.1f} %", show(m["held_out"])]
+        columns = ["", "n", "Fréchet ↓", "fidelity ↓", "least factor entropy ↑", "pair entropy ↑", "unseen pairs / fair rate (1 is right)"]
+        seconds = trained["cats"]["seconds"]
+        tables = {
+            "main": table(columns, [row("DDPM, DDIM 50 steps", main), row("real cats (floor)", floor[self.scale.samples])]),
+            "samplers": table(["sampler", "evaluations", *columns[1:], "seconds per image"], [
+                [("ancestral" if k == 1000 else "DDIM, η = 1") if eta else "DDIM, η = 0", k, *row("", m)[1:], f"{m['seconds'] / m['n']:.2f}"]
+                for (eta, k), m in grid.items()] + [["real cats (floor)", "", *row("", floor[few])[1:], ""]]),
+            "budget": table(["training steps", "seconds", *columns[1:]], [
+                [round(at * self.cats.steps), round(at * seconds), *row("", m)[1:]] for at, m in budget.items()]
+                + [["the last, without averaging", round(seconds), *row("", raw)[1:]], ["real cats (floor)", "", *row("", floor[quarter])[1:]]]),
+            "variants": table(["schedule, prediction", *columns[1:]], [row(k, m) for k, m in variants.items()]),
+            "denoise": table(["noise σ · 255", "method", "evaluations", "n", "noisy PSNR", "PSNR, dB", "SSIM", "seconds"], [
+                [sigma, "one step" if k == 1 else "DDIM", k, m["psnr"]["n"], f"{m['noisy_psnr']['mean']:.2f}", show(m["psnr"]), show(m["ssim"], 3),
+                 f"{m['seconds']['mean']:.2f}"] for (sigma, k, at), m in denoise.items() if at == 1]),
+            "photo_budget": table(["training steps", "seconds", "PSNR at σ = 25, dB"], [
+                [round(at * self.photos.steps), round(at * trained["photos"]["seconds"]), show(denoise[25, 1, at]["psnr"])]
+                for at in (1 / 8, 1 / 4, 1 / 2, 1.0)]),
+        }
+        values = {"main": main, "raw": raw, "accuracy": dict(zip(CAT_FACTORS, self.floor[self.scale.samples].result()["accuracy"])),
+                  "floor": {"main": floor[self.scale.samples], "quarter": floor[quarter], "few": floor[few]},
+                  "grid": {f"{'ancestral' if eta else 'ddim'}{k}": m for (eta, k), m in grid.items()},
+                  "budget": {f"at{round(100 * at)}": m for at, m in budget.items()},
+                  "variants": {k.replace(", ", "_"): m for k, m in variants.items()},
+                  "train": {k: {"seconds": t["seconds"], "steps": len(t["losses"]), "parameters": t["parameters"]} for k, t in trained.items()},
+                  "coverage": float(trained["cats"]["seen"].float().mean() / 0.9),
+                  "denoise": {f"s{sigma}_k{k}_at{round(100 * at)}": m for (sigma, k, at), m in denoise.items()},
+                  "photos": {f"{view.replace('-', '_')}": r for view, r in rows[25, 1, 1.0].items()}}
+        return values, tables
+
+    def figures(self, values: dict) -> dict:
+        return {"cats": lambda: sheet(self.main.result()["images"], 8), "film": self.film, "schedules": schedules_figure,
+                "sampling": lambda: self.sampling(values), "photo_samples": lambda: sheet(self.sheet.result()["images"], 8),
+                "photo_denoising": self.denoising}
+
+    def film(self):
+        film = self.main.result()["film"].clamp(-1, 1)                                  # (moments, 2, 4, 3, 32, 32)
+        strip = film.permute(2, 1, 0, 3, 4, 5)[:2].reshape(-1, 3, 32, 32)
+        return sheet(to_bytes(ddpm.to_image(strip)), len(film))
+
+    def sampling(self, values: dict):
+        figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+        for ax, measure_name in zip(axes, ("frechet", "fidelity")):
+            for label, name in (("DDIM, η = 0", "ddim"), ("η = 1 (last: ancestral)", "ancestral")):
+                ax.plot(self.scale.chain, [values["grid"][f"{name}{k}"][measure_name] for k in self.scale.chain], "o-", label=label)
+            ax.axhline(values["floor"]["few"][measure_name], color="k", ls=":", label="real cats")
+            ax.set(xscale="log", yscale="log", xlabel="network evaluations", title=f"{measure_name.replace('frechet', 'Fréchet distance')} ↓")
+        axes[0].legend()
+        spent = [at * values["train"]["cats"]["seconds"] for at in self.budget]
+        axes[2].plot(spent, [values["budget"][f"at{round(100 * at)}"]["frechet"] for at in self.budget], "o-", label="averaged weights")
+        axes[2].plot(spent[-1:], [values["raw"]["frechet"]], "s", label="last weights")
+        axes[2].axhline(values["floor"]["quarter"]["frechet"], color="k", ls=":", label="real cats")
+        axes[2].set(yscale="log", xlabel="training, seconds on one core", title="Fréchet distance ↓")
+        axes[2].legend()
+        return figure
+
+    def denoising(self):
+        result = self.denoise[25, 1, 1.0].result()
+        chosen = [v for v in result["pictures"] if v.endswith("whole")]
+        return panels([[(image, f"{name} {result['rows'][view]['noisy_psnr' if name == 'noisy' else 'psnr']:.2f} dB" if name != "clean" else view)
+                        for name, image in zip(("noisy", "one step", "clean"), result["pictures"][view])] for view in chosen], transpose=True)
+
+
+RULES = {"budget": "fixed budget", "wmv": "ES-WMV, rescaled", "emv": "ES-EMV, rescaled", "wmv_published": "ES-WMV, W 100, P 1000",
+         "emv_published": "ES-EMV, P 1000", "discrepancy": "discrepancy, τ = 1", "discrepancy_tuned": f"discrepancy, τ = {TAU}", "held_out": "held-out pixels"}
+
+
+class DIP:
+    """What does the prior know, and when does it forget?"""
+
+    def __init__(self, scale: Scale):
+        self.scale, fit = scale, scale.fit
+        self.main = {(task, view, seed): Fit(view, task, fit[task], seed=seed, unseen=0 if TASKS[task] else 0.05)
+                     for task in TASKS for view in views(scale.test) for seed in range(scale.seeds if task == "denoise25" else 1)}
+        self.held_out = {view: Fit(view, "denoise25", fit["denoise25"], unseen=0.05) for view in views(scale.test)}
+        changes = {"as chosen": {}, "bilinear, reflected borders": {"upsample": "bilinear", "padding": "reflect", "steps": 2 * fit["denoise25"]},
+                   "3 scales": {"widths": (32,) * 3}, "width 16": {"widths": (16,) * 4}, "width 48": {"widths": (48,) * 4}, "no skips": {"skip": 0}, "no jitter": {"jitter": 0.0}}
+        self.ablation = {(name, view): Fit(**{"photo": view, "task": "denoise25", "steps": fit["denoise25"], **change})
+                         for name, change in changes.items() for view in views(scale.test) if view.endswith("whole")}
+
+    @property
+    def runs(self) -> list[Run]:
+        return [*self.main.values(), *self.held_out.values(), *self.ablation.values()]
+
+    @staticmethod
+    def outcome(result: dict) -> dict:
+        """Per rule: PSNR and SSIM of what it delivers (the running average at its step), the gap to the oracle, steps."""
+        curve, clean = result["curves"]["average_psnr"], result["pictures"]["clean"] / 255
+        best = {name: i or len(curve) for name, i in result["best"].items()} | {"oracle": int(curve.argmax()) + 1, "last": len(curve)}
+        found = {}
+        for name, i in best.items():
+            picture = result["pictures"]["last" if i == len(curve) else name] / 255
+            found[name] = {"psnr": curve[i - 1].item(), "ssim": metrics.ssim(picture, clean).item(), "step": i, "gap": (curve.max() - curve[i - 1]).item(),
+                           "iterate": result["curves"]["psnr"][i - 1].item(),
+                           "iterate_gap": (result["curves"]["psnr"].max() - result["curves"]["psnr"][i - 1]).item(), "fired": name in result["stopped"],
+                           "seconds": result["seconds"] * result["stopped"].get(name, len(curve)) / len(curve)}
+        return found | {"measured": {"psnr": score(result["pictures"]["measured"] / 255, clean)["psnr"]},
+                        "peak": {"psnr": result["curves"]["psnr"].max().item(), "step": int(result["curves"]["psnr"].argmax()) + 1}}
+
+    def assemble(self) -> tuple[dict, dict]:
+        outcomes = {k: self.outcome(run.result()) for k, run in self.main.items()}
+        held = {v: self.outcome(run.result()) for v, run in self.held_out.items()}
+        ablation = {k: self.outcome(run.result()) for k, run in self.ablation.items()}
+
+        def over_views(task, rule, key, found=outcomes):
+            """One number per photo (its seeds averaged), then the interval over photos."""
+            of = {}
+            for (t, view, _), o in found.items():
+                if t == task and rule in o:
+                    of.setdefault(view, []).append(o[rule][key])
+            return interval(np.mean(v) for v in of.values())
+        tasks, rules = {}, {}
+        for task in TASKS:
+            best = "held_out" if not TASKS[task] else "budget"
+            tasks[task] = {"measured": over_views(task, "measured", "psnr"), "peak": over_views(task, "peak", "psnr"), "peak_step": over_views(task, "peak", "step"),
+                           "iterate_last": over_views(task, "last", "iterate"), "delivered": over_views(task, best, "psnr"),
+                           "delivered_ssim": over_views(task, best, "ssim"), "seconds": over_views(task, best, "seconds"),
+                           "oracle": over_views(task, "oracle", "psnr"), "oracle_step": over_views(task, "oracle", "step"), "last": over_views(task, "last", "psnr"),
+                           "rule": best, "runs": sum(k[0] == task for k in outcomes)}
+            for rule in RULES:
+                source = {("denoise25", v, 0): o for v, o in held.items()} if (task, rule) == ("denoise25", "held_out") else outcomes
+                gaps = [o[rule]["gap"] for k, o in source.items() if k[0] == task and rule in o]
+                if gaps:
+                    rules[f"{task}_{rule}"] = {
+                        "gap": over_views(task, rule, "gap", source), "median": float(np.median(gaps)), "p90": float(np.quantile(gaps, 0.9)), "worst": max(gaps),
+                        "failures": float(np.mean([g > 1 for g in gaps])), "iterate_gap": over_views(task, rule, "iterate_gap", source), "psnr": over_views(task, rule, "psnr", source), "runs": len(gaps),
+                        "fired": float(np.mean([o[rule]["fired"] for k, o in source.items() if k[0] == task])),
+                        "iterations": over_views(task, rule, "step", source)}
+        names = list(dict.fromkeys(name for name, _ in self.ablation))
+        changes = {name: {m: interval(ablation[k][who][key] for k in ablation if k[0] == name)
+                          for m, who, key in (("oracle", "oracle", "psnr"), ("step", "oracle", "step"), ("last", "last", "psnr"))}
+                   | {"gain": interval(ablation[k]["oracle"]["psnr"] - ablation["as chosen", k[1]]["oracle"]["psnr"] for k in ablation if k[0] == name),
+                      "ms": 1000 * float(np.mean([r.result()["seconds"] / r.steps for k, r in self.ablation.items() if k[0] == name])),
+                      "parameters": next(r for k, r in self.ablation.items() if k[0] == name).result()["parameters"]} for name in names}
+        tables = {
+            "tasks": table(["task", "photos × seeds", "A⁺y, dB", "delivered, dB", "SSIM", "rule", "seconds", "*oracle*, dB", "*oracle* step", "at the end, dB"], [
+                [task, f"{t['oracle']['n']} × {t['runs'] // t['oracle']['n']}", f"{t['measured']['mean']:.2f}", show(t["delivered"]), show(t["delivered_ssim"], 3), RULES[t["rule"]],
+                 f"{t['seconds']['mean']:.0f}", show(t["oracle"]), f"{t['oracle_step']['mean']:.0f}", f"{t['last']['mean']:.2f}"] for task, t in tasks.items()]),
+            "rules": table(["task", "rule", "runs", "gap of the iterate, dB", "gap of the average, dB", "median", "P90", "worst", "gap > 1 dB", "fired", "delivered, dB"], [
+                [task, RULES[rule], r["runs"], f"{r['iterate_gap']['mean']:.2f}", show(r["gap"]), f"{r['median']:.2f}", f"{r['p90']:.2f}", f"{r['worst']:.2f}", f"{100 * r['failures']:.0f} %",
+                 f"{100 * r['fired']:.0f} %", f"{r['psnr']['mean']:.2f}"] for task in TASKS for rule in RULES if (r := rules.get(f"{task}_{rule}"))]),
+            "ablation": table(["change", "parameters", "*oracle*, dB", "gain, dB", "*oracle* step", "at the end, dB", "ms per step"], [
+                [name, f"{c['parameters']:,}", show(c["oracle"]), show(c["gain"]), f"{c['step']['mean']:.0f}", f"{c['last']['mean']:.2f}", f"{c['ms']:.0f}"]
+                for name, c in changes.items()])}
+        return {"tasks": tasks, "rules": rules, "ablation": {re.sub(r"\W", "_", n): c for n, c in changes.items()}}, tables
+
+    def figures(self, values: dict) -> dict:
+        return {"rise_and_fall": self.rise_and_fall, "restored": self.restored, "ablation": self.ablation_curves}
+
+    def rise_and_fall(self):
+        tasks = list(TASKS)
+        figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+        for ax, task in zip(axes.flat, tasks):
+            view = views(self.scale.test)[0]
+            result = self.main[task, view, 0].result()
+            curve = result["curves"]["average_psnr"]
+            ax.plot(range(1, len(curve) + 1), result["curves"]["psnr"], lw=0.6, color="0.6", label="iterate")
+            ax.plot(range(1, len(curve) + 1), curve, color="k", label="running average")
+            for mark, (rule, i) in zip("sD^v<>PX", result["best"].items()):
+                if i:
+                    ax.plot(i, curve[i - 1], mark, ms=7, alpha=0.8, label=RULES[rule])
+            ax.plot(int(curve.argmax()) + 1, curve.max(), "*", ms=14, mfc="gold", mec="k", label="oracle")
+            ax.set(title=f"{view}: {task}", xlabel="DIP steps", ylabel="PSNR, dB")
+            ax.set_ylim(float(curve.max()) - 9, float(curve.max()) + 1)
+            ax.legend(fontsize=7)
+        return figure
+
+    def restored(self):
+        rows = []
+        for task, view in zip(TASKS, views(self.scale.test)[::2] * 2):
+            result = self.main[task, view, 0].result()
+            rule = "budget" if TASKS[task] else "held_out"
+            clean, row = result["pictures"]["clean"] / 255, []
+            for name, label in (("measured", task), (rule, RULES[rule]), ("last", "at the end"), ("clean", view)):
+                picture = result["pictures"][name]
+                s = score(picture / 255, clean)
+                row.append((picture, label if name == "clean" else f"{label}\n{s['psnr']:.2f} dB, SSIM {s['ssim']:.3f}"))
+            rows.append(row)
+        return panels(rows, transpose=True)
+
+    def ablation_curves(self):
+        figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        for name in dict.fromkeys(name for name, _ in self.ablation):
+            curves = torch.stack([r.result()["curves"]["average_psnr"] for k, r in self.ablation.items() if k[0] == name])
+            ax.plot(range(1, curves.shape[1] + 1), curves.mean(0), label=name, lw=2.5 if name == "as chosen" else 1.2)
+        ax.set(xlabel="DIP steps", ylabel="PSNR of the running average, dB", ylim=(float(curves.mean(0).max()) - 6, None))
+        ax.legend(fontsize=8)
+        return figure
+
+
+EXPERIMENTS = {"ddpm": DDPM, "dip": DIP}
+
+
+# ---------------------------------------------------------------------------------------------------- figures
+
+def sheet(images: Tensor, columns: int):
+    """A contact sheet of (n, 3, H, W) bytes."""
+    n, _, h, w = images.shape
+    rows = -(-n // columns)
+    grid = torch.full((rows * columns, 3, h + 2, w + 2), 255, dtype=torch.uint8)
+    grid[:n, :, 1:-1, 1:-1] = images
+    grid = grid.reshape(rows, columns, 3, h + 2, w + 2).permute(0, 3, 1, 4, 2).reshape(rows * (h + 2), columns * (w + 2), 3)
+    k = max(1, 900 // grid.shape[1])
+    return Image.fromarray(grid.numpy()).resize((grid.shape[1] * k, grid.shape[0] * k), Image.Resampling.NEAREST)
+
+
+def panels(rows, transpose: bool = False):
+    """Pictures with titles: rows of (bytes (1, 3, H, W), title)."""
+    rows = list(zip(*rows)) if transpose else rows
+    figure, axes = plt.subplots(len(rows), len(rows[0]), figsize=(2.4 * len(rows[0]), 2.75 * len(rows)), layout="constrained", squeeze=False)
+    for ax, (image, title) in zip(axes.flat, (p for row in rows for p in row)):
+        ax.imshow(image[0].permute(1, 2, 0).numpy(), interpolation="nearest")
+        ax.set_title(title, fontsize=8)
+        ax.axis("off")
+    return figure
+
+
+def schedules_figure():
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
+    for name, make in (("linear", ddpm.linear), ("cosine", ddpm.cosine), ("sigmoid", ddpm.sigmoid)):
+        s = make(1000)
+        left.plot(s.alpha_bar, label=name)
+        right.semilogy(ddpm.noise_level(s)[1:], label=name)
+    left.set(xlabel="t", title="ᾱ_t: what is left of the image")
+    right.axhline(25 / 255, color="k", ls=":", label="a photo at σ = 25/255")
+    right.set(xlabel="t", title="noise level σ_t, in units of [0, 1]")
+    left.legend(), right.legend()
+    return figure
+
+
+def save_figure(figure, path: Path) -> None:
+    if isinstance(figure, Image.Image):
+        return write(path, figure.save)
+    write(path, lambda p: figure.savefig(p, dpi=110, metadata={"Software": None}))
+    plt.close(figure)
+
+
+# ----------------------------------------------------------------------------------------------------- report
+
+class Box(dict):
+    """A dict whose keys are also attributes, so that holes read as paths."""
+
+    def __getattr__(self, name):
+        try:
+            value = self[name]
+        except KeyError:
+            raise AttributeError(f"no {name!r} among {', '.join(map(str, self))}")
+        return Box(value) if isinstance(value, dict) else value
+
+    __getitem__ = lambda self, name: Box(value) if isinstance(value := dict.__getitem__(self, name), dict) else value      # noqa: E731
+
+
+def render(template: str, results: dict, check_claims: bool = True) -> str:
+    """Fill the holes `<<path:format>>` and tables `<<experiment.tables.name>>`, check the claims `<!-- claim: … -->`.
+
+    Raises Refusal for an unknown hole, a claim that cannot be evaluated, or a claim that is false.
+    """
+    names = Box(results)
+
+    def evaluate(expression, what):
+        try:
+            return eval(expression, {"__builtins__": {}}, {**names, "abs": abs, "min": min, "max": max, "all": all, "any": any} | {k: names[k] for k in names})
+        except Exception as error:
+            raise Refusal(f"{what} in REPORT.in.md cannot be filled: {expression} ({error})")
+
+    def hole(match):
+        expression, _, spec = match[1].partition(":")
+        value = evaluate(expression, "a hole")
+        try:
+            return show(value, int(spec or 2)) if isinstance(value, dict) else format(value, spec)
+        except (ValueError, TypeError, KeyError) as error:
+            raise Refusal(f"a hole in REPORT.in.md cannot be filled: {match[0]} ({error})")
+
+    for claim in re.findall(r"<!-- claim: (.*?) -->", template, re.S):
+        if not evaluate(claim, "a claim") and check_claims:
+            raise Refusal(f"a claim in REPORT.in.md is false: {claim}; change the sentence under it or the method")
+    body = re.sub(r"<!-- claim: .*? -->\n?", "", template, flags=re.S)
+    return re.sub(r"<<(.+?)>>", hole, body)
+
+
+def read_results(scale: str, out: Path) -> dict:
+    """out/*.json of every experiment, refused where one is missing, broken, or made by other code or settings."""
+    results = {}
+    for name, make in EXPERIMENTS.items():
+        path = out / f"{name}.json"
+        try:
+            results[name] = json.loads(path.read_text())
+        except (OSError, ValueError):
+            raise Refusal(f"{path.name} is missing or broken: run `make all` to compute it")
+        if results[name].get("key") != experiment_key(make(SCALES[scale])):
+            raise Refusal(f"{path.name} was made by other code or settings: run `make all` to compute it anew")
+    return results
+
+
+def experiment_key(experiment) -> str:
+    parts = sorted({run.key for run in experiment.runs}) + [fingerprint(type(experiment).__name__)]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def hardware() -> dict:
+    name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "") if Path("/proc/cpuinfo").exists() else ""
+    return {"machine": name or platform.processor() or platform.machine(), "cores": os.cpu_count(), "device": DEVICE.type, "bfloat16": bool(AMP),
+            "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "system": platform.system()}
+
+
+def everything_run(runs) -> dict:
+    """All runs and what they need, each once."""
+    found = {}
+    for run in runs:
+        found |= everything_run(run.needs)
+        found[run] = None
+    return found
+
+
+def make_all(scale: str, jobs: int) -> None:
+    """Run what is missing, assemble out/*.json and the figures, render the report."""
+    out = ROOT / ("out" if scale == "full" else f"out-{scale}")
+    stale = {}
+    for name, make in EXPERIMENTS.items():
+        experiment, path = make(SCALES[scale]), out / f"{name}.json"
+        try:
+            stored = json.loads(path.read_text())
+            fresh = stored["key"] == experiment_key(experiment) and all((out / f).exists() for f in stored["figures"])
+        except (OSError, ValueError, KeyError):
+            fresh = False
+        if not fresh:
+            stale[name] = experiment
+    execute([run for experiment in stale.values() for run in experiment.runs], jobs)
+    for name, experiment in stale.items():
+        values, tables = experiment.assemble()
+        figures = draw_figures(name, experiment, values, out)
+        runs = everything_run(experiment.runs)
+        seconds = sum(run.result().get("seconds", 0.0) for run in runs)
+        stored = {"experiment": name, "key": experiment_key(experiment), "scale": scale, "hardware": hardware(), "runs": len(runs), "core_seconds": seconds,
+                  "figures": figures, "settings": sorted({repr(run) for run in runs}), "values": values, "tables": tables}
+        write(out / f"{name}.json", lambda p: p.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n"))
+        print(f"{path_name(out / f'{name}.json')}: {len(runs)} runs, {len(figures)} figures")
+    make_report(scale)
+
+
+def draw_figures(name: str, experiment, values: dict, out: Path) -> list[str]:
+    files = []
+    for label, draw in experiment.figures(values).items():
+        files.append(f"{name}_{label}.png")
+        save_figure(draw(), out / files[-1])
+    return files
+
+
+def make_figures(scale: str) -> None:
+    """Draw the figures again; the runs behind them must be in the cache."""
+    out = ROOT / ("out" if scale == "full" else f"out-{scale}")
+    for name, stored in read_results(scale, out).items():
+        experiment = EXPERIMENTS[name](SCALES[scale])
+        if not all(run.path.exists() for run in experiment.runs):
+            raise Refusal(f"the figures of {name} need its runs, and .cache/ does not have them all: run `make all`")
+        print(", ".join(draw_figures(name, experiment, stored["values"], out)))
+
+
+def bench() -> None:
+    """Milliseconds per step and achieved GFLOP/s on one thread, beside the same machine's matrix product."""
+    from torch.utils.flop_counter import FlopCounterMode
+    torch.set_num_threads(1)
+    g, schedule = torch.Generator().manual_seed(0), ddpm.cosine()
+    matrix = torch.rand(1024, 1024)
+
+    def hourglass(size, **options):
+        z, y = dip.random_input((size, size), g), torch.rand(1, 3, size, size)
+        run = dip.fit(y, lambda x: x, dip.Hourglass(**options), z, 99, g, amp=AMP)
+        return lambda: next(run)
+
+    def training(data, size, n):
+        network, batch = Train(data, 99).network().cpu(), torch.rand(n, 3, size, size)
+        run = ddpm.train(network, schedule, lambda _: batch, ddpm.v_head, 99, g, amp=AMP)
+        return lambda: next(run)
+    x, y = torch.rand(2, 1, 3, 512, 512)
+    jobs = {"matrix product 1024": lambda: matrix @ matrix, "U-Net training step, 16 cats 32×32": training("cats", 32, 16),
+            "U-Net training step, 8 patches 64×64": training("photos", 64, 8),
+            "DIP step 96×96, as chosen": hourglass(96, widths=(32,) * 4, upsample="nearest", padding="zeros"),
+            "DIP step 128×128, as chosen": hourglass(128, widths=(32,) * 4, upsample="nearest", padding="zeros"),
+            "DIP step 128×128, original network": hourglass(128), "SSIM 512×512 colour": lambda: metrics.ssim(x, y)}
+    for name, job in jobs.items():
+        job()
+        with FlopCounterMode(display=False) as counter:
+            job()
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            job()
+            times.append(time.perf_counter() - began)
+        print(f"{name:40s} {1000 * min(times):8.1f} ms {counter.get_total_flops() / min(times) / 1e9:8.1f} GFLOP/s")
+
+
+def make_report(scale: str) -> None:
+    out = ROOT / ("out" if scale == "full" else f"out-{scale}")
+    results = {name: r["values"] | {"tables": r["tables"], "hardware": r["hardware"], "runs": r["runs"], "core_seconds": r["core_seconds"]}
+               for name, r in read_results(scale, out).items()}
+    text = render((ROOT / "REPORT.in.md").read_text(), results, check_claims=scale == "full")
+    path = ROOT / "REPORT.md" if scale == "full" else out / "REPORT.md"
+    if scale != "full":
+        text = text.replace("](out/", "](")
+    if not path.exists() or path.read_text() != text:
+        write(path, lambda p: p.write_text(text))
+    print(f"{path_name(path)} rendered")
+
+
+def path_name(path: Path) -> str:
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+# ---------------------------------------------------------------------------------------------- a user's photo
+
+PIXELS = 4_000_000                                              # above this a fit needs more memory than most have
+
+
+def read_image(path: str) -> Tensor:
+    """Any PNG, JPEG, WebP or TIFF as (1, 1 or 3, H, W) in [0, 1]; turned as its EXIF says, transparency over white."""
+    try:
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
+            pixels = np.asarray(image).astype(np.float32)
+            pixels = pixels / (65535 if image.mode != "F" else 1)
+        else:
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"), np.float32) / 255
+    except FileNotFoundError:
+        raise Refusal(f"there is no file {path}: check the name")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise Refusal(f"{path} cannot be read as an image ({error}): convert it to PNG or JPEG")
+    if not np.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 1:
+        raise Refusal(f"{path} has pixels that are not numbers in [0, 1]: convert it to an 8- or 16-bit image")
+    if not 16 <= min(pixels.shape[:2]) or pixels.shape[0] * pixels.shape[1] > PIXELS:
+        raise Refusal(f"{path} has {pixels.shape[1]} × {pixels.shape[0]} pixels: sides of at least 16 and at most {PIXELS:,} pixels in all can be restored; resize it")
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)[None].contiguous()
+
+
+def estimate_sigma(y: Tensor) -> float:
+    """Noise level of a photo in [0, 1] units: median absolute value of diagonal second differences / 0.6745 (Donoho & Johnstone 1994)."""
+    diagonal = (y[..., :-1, :-1] - y[..., 1:, :-1] - y[..., :-1, 1:] + y[..., 1:, 1:]) / 2
+    return float(diagonal.abs().median() / 0.6745)
+
+
+def restore(image: str, task: str, method: str = "dip", sigma: str = "", mask: str = "", factor: str = "", out: str = "", steps: int = 0) -> None:
+    """Restore a photo from a file; writes the result and a before/after picture beside it."""
+    if task not in ("denoise", "inpaint", "superres"):
+        raise Refusal(f"unknown task {task!r}: choose denoise, inpaint or superres")
+    if method not in ("dip", "ddpm"):
+        raise Refusal(f"unknown method {method!r}: choose dip or ddpm")
+    y = read_image(image).to(DEVICE)
+    target = Path(out) if out else Path(image).with_name(f"{Path(image).stem}-restored.png")
+    if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or not target.parent.is_dir():
+        raise Refusal(f"cannot write {target}: OUT needs an existing folder and the ending .png, .jpg or .webp")
+    operator, level, shape = dip.identity(), 0.0, y.shape[-2:]
+    if task == "denoise":
+        level = number(sigma, "SIGMA", 0.5, 255) / 255 if sigma else estimate_sigma(y)
+        print(f"noise: sigma {255 * level:.1f} of 255" + ("" if sigma else " (estimated)"))
+        if level < 0.5 / 255:
+            raise Refusal("no noise was found in this photo: give SIGMA=… (in 0…255) if there is some")
+    if task == "superres":
+        k = int(number(factor or "2", "FACTOR", 2, 8))
+        shape = tuple(k * side for side in shape)
+        if shape[0] * shape[1] > PIXELS:
+            raise Refusal(f"the result would have {shape[1]} × {shape[0]} pixels, more than {PIXELS:,}: choose a smaller FACTOR or photo")
+        operator = dip.downsample(k)
+    if task == "inpaint":
+        if not mask:
+            raise Refusal("inpaint needs MASK=…, an image of the same size that is white where pixels are known")
+        known = (read_image(mask).mean(1, keepdim=True) > 0.5).float().to(DEVICE)
+        if known.shape[-2:] != y.shape[-2:]:
+            raise Refusal(f"the mask has {known.shape[-1]} × {known.shape[-2]} pixels and the photo {y.shape[-1]} × {y.shape[-2]}: make them equal")
+        if known.mean() in (0, 1):
+            raise Refusal(f"the mask is all {'white: nothing is missing' if known.mean() else 'black: nothing is known'}; it must be white where pixels are known and black where they are missing")
+        operator = dip.mask(known)
+        y = operator.A(y)
+    began = time.perf_counter()
+    estimate = (restore_dip if method == "dip" else restore_ddpm)(y, operator, task, level, shape, steps)
+    if task == "inpaint":
+        estimate = y + estimate * (1 - known)                                                    # what is known stays
+    before = operator.pinv(y)
+    save_picture(estimate, target)
+    comparison = target.with_name(f"{target.stem}-before-after.png")
+    save_picture(torch.cat([before, torch.ones_like(before[..., :8]), estimate], dim=-1), comparison)
+    print(f"{path_name(target)} and {path_name(comparison)} written, {time.perf_counter() - began:.0f} s")
+
+
+def number(text: str, name: str, low: float, high: float) -> float:
+    try:
+        value = float(text)
+        if low <= value <= high:
+            return value
+    except ValueError:
+        pass
+    raise Refusal(f"{name}={text} is not a number from {low:g} to {high:g}")
+
+
+def save_picture(x: Tensor, path: Path) -> None:
+    pixels = to_bytes(x)[0].permute(1, 2, 0).numpy()
+    write(path, Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save)
+
+
+def restore_dip(y, operator, task, level, shape, steps) -> Tensor:
+    """DIP with a rule that needs no truth: Morozov's principle for noise, held-out measurements otherwise."""
+    steps, generator = steps or (1500 if task == "denoise" else 2000), torch.Generator().manual_seed(0)
+    height, width = (16 * max(2, -(-side // 16)) for side in shape)
+    torch.manual_seed(0)
+    net = dip.Hourglass(c_out=y.shape[1], widths=(32,) * 4, upsample="nearest", padding="zeros").to(DEVICE)
+    z = dip.random_input((height, width), generator).to(DEVICE)
+    unseen = (torch.rand(1, 1, *y.shape[-2:], generator=generator) < (0 if level else 0.05)).float().to(DEVICE)
+    crop = lambda x: operator.A(x[..., :shape[0], :shape[1]])                                               # noqa: E731
+    rule = dip.Discrepancy(level, TAU) if level else dip.HeldOut(y, crop, unseen, patience=300)
+    best, bar = None, tqdm(total=steps, desc=f"DIP, {task}")
+    for step in dip.fit(y * (1 - unseen), lambda x: crop(x) * (1 - unseen), net, z, steps, generator, amp=AMP):
+        stop = rule(step)
+        best = step.average if rule.best == step.i or best is None else best
+        bar.set_postfix_str(f"misfit {255 * step.misfit ** 0.5:.1f}", refresh=False), bar.update()
+        if stop:
+            bar.set_postfix_str(f"stopped at step {rule.best}")
+            break
+    bar.close()
+    return best[..., :shape[0], :shape[1]]
+
+
+def restore_ddpm(y, operator, task, level, shape, steps) -> Tensor:
+    """Diffusion: one step at the matching noise, or a DDIM chain whose every guess is made to agree with y (range–null space)."""
+    model = DDPM(SCALES["full"]).photos
+    if not model.path.exists():
+        print("no trained model yet: training it once, about a quarter of an hour; it is kept in .cache")
+        execute([model], 1)
+    denoise, schedule = model.denoiser()
+    grey = y.shape[1] == 1
+    y = y.expand(-1, 3, -1, -1)
+    if task == "denoise":
+        estimate = ddpm.one_step(denoise, schedule, y, level)
+    else:
+        def refine(x0_hat, t):
+            image = ddpm.to_image(x0_hat)
+            return ddpm.to_diffusion(image + operator.pinv(y - operator.A(image)))
+        generator, count = torch.Generator().manual_seed(0), steps or 50
+        x = torch.randn(1, 3, *shape, generator=generator).to(DEVICE)
+        for state in tqdm(ddpm.ddim(denoise, schedule, x, count, generator, eta=0.85, refine=refine), total=count, desc=f"DDPM, {task}"):
+            pass
+        estimate = ddpm.to_image(state.x)
+    return estimate.mean(1, keepdim=True) if grey else estimate
+
+
+# ----------------------------------------------------------------------------------------------- command line
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (("all", "run what is missing, then figures and report"), ("report", "render the report from out/"),
+                       ("figures", "draw the figures again from the cache"), ("bench", "where the time goes on this machine")):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--scale", choices=SCALES, default="full")
+        command.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    command = commands.add_parser("restore", help="restore a photo of yours")
+    for name in ("image", "task", "method", "sigma", "mask", "factor", "out"):
+        command.add_argument(f"--{name}", default={"method": "dip"}.get(name, ""))
+    command.add_argument("--steps", type=int, default=0, help="at most so many DIP or sampling steps")
+    options = vars(parser.parse_args())
+    command = options.pop("command")
+    try:
+        if command == "all":
+            make_all(options["scale"], max(1, options["jobs"]))
+        elif command == "report":
+            make_report(options["scale"])
+        elif command == "figures":
+            make_figures(options["scale"])
+        elif command == "bench":
+            bench()
+        else:
+            if not options["image"] or not options["task"]:
+                raise Refusal("restore needs IMAGE=… and TASK=denoise, inpaint or superres")
+            restore(**options)
+    except Refusal as refusal:
+        sys.exit(f"error: {refusal}")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted")
+
+
+if __name__ == "__main__":
+    main()

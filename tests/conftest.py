@@ -1,0 +1,10 @@
+import sys
+from pathlib import Path
+
+import torch
+from hypothesis import settings
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+torch.set_num_threads(2)
+settings.register_profile("house", derandomize=True, deadline=None, max_examples=25)
+settings.load_profile("house")

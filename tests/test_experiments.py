@@ -1,0 +1,353 @@
+"""Data, the two stores, the report's holes and claims, and the restore command."""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import experiments as E
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# --------------------------------------------------------------------------------------------------------- data
+
+def test_cats_are_360000_and_their_parts_are_what_is_drawn():
+    assert np.prod(list(E.CAT_FACTORS.values())) == 360_000
+    assert [len(layer) for layer in E.cat_layers()] == list(E.CAT_FACTORS.values())
+    g = torch.Generator().manual_seed(0)
+    parts = E.draw_cats(g, 4000, keep=E.everything)
+    assert len(parts) == 4000 and all(parts[:, i].unique().tolist() == list(range(k)) for i, k in enumerate(E.CAT_FACTORS.values()))
+    numbers = E.cat_number(parts)
+    assert numbers.min() >= 0 and numbers.max() < 360_000 and len(numbers.unique()) == len(parts.unique(dim=0))
+    assert E.held_out(parts).float().mean().item() == pytest.approx(0.1, abs=0.02)
+    training = E.draw_cats(g, 4000)
+    assert len(training) == 4000 and not E.held_out(training).any()
+    cats = E.render_cats(parts[:8])
+    assert cats.shape == (8, 3, 32, 32) and cats.min() >= 0 and cats.max() <= 1 and (cats[:, :, 0, 0] == 1).all()
+
+
+def test_a_cat_is_its_layers_laid_over_white():
+    """Against Pillow's own compositing, at full size, then reduced."""
+    parts = torch.tensor([[3, 5, 7, 2, 9]])
+    root = Path(__import__("importlib.util").util.find_spec("robohash").origin).parent / "sets" / "set4"
+    picture = Image.new("RGBA", (1024, 1024), "white")
+    for folder, i in zip(sorted(f for f in root.iterdir() if f.is_dir()), parts[0].tolist()):
+        file = sorted(folder.glob("*.png"), key=lambda p: int(re.match(r"\d+", p.name)[0]))[i]
+        picture = Image.alpha_composite(picture, Image.open(file).convert("RGBA"))
+    expected = torch.from_numpy(np.asarray(picture.convert("RGB").resize((32, 32), Image.Resampling.BOX), np.float32) / 255).permute(2, 0, 1)
+    assert (E.render_cats(parts)[0] - expected).abs().mean() < 0.01
+
+
+def test_photos():
+    for name in E.TEST + E.DEVELOPMENT:
+        found = E.crops(name)
+        assert len(found) == 3 and all(x.shape == (1, 3, 128, 128) and 0 <= x.min() and x.max() <= 1 for x in found.values())
+    assert len(E.views(E.TEST)) == 12
+    assert torch.equal(E.photo_named("chelsea-left", 96), E.crops("chelsea.png", 96)["chelsea-left"])
+    a, b = (E.photo_patches(torch.Generator().manual_seed(s), 4) for s in (0, 0))
+    assert a.shape == (4, 3, 64, 64) and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("task", E.TASKS)
+def test_measurements(task):
+    clean = E.photo_named("coffee-whole", 96)
+    y, operator = E.measure(task, clean, torch.Generator().manual_seed(0))
+    again, _ = E.measure(task, clean, torch.Generator().manual_seed(0))
+    assert torch.equal(y, again) and operator.A(clean).shape == y.shape
+    assert (y - operator.A(clean)).std().item() == pytest.approx(E.TASKS[task] / 255, rel=0.02)
+    if task in ("random80", "block"):
+        known = operator.A(torch.ones(1, 1, 96, 96)).mean().item()
+        assert known == pytest.approx({"random80": 0.2, "block": 15 / 16}[task], abs=0.01)
+
+
+def test_noise_is_estimated_from_the_photo():
+    for name in ("motorcycle_left-left", "hubble_deep_field-left"):
+        x = E.photo_named(name, 128)
+        y = x + 25 / 255 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+        assert E.estimate_sigma(y) == pytest.approx(25 / 255, rel=0.15)
+    assert E.estimate_sigma(torch.full((1, 1, 20, 20), 0.5)) == 0
+
+
+def test_statistics():
+    v = E.interval([1.0, 2.0, 3.0, 4.0])
+    assert v["mean"] == 2.5 and 1 <= v["low"] < 2.5 < v["high"] <= 4 and v["n"] == 4 and E.interval([1.0, 2.0, 3.0, 4.0]) == v
+    s = E.share(10, 100, 0.1)                                                        # Wilson's interval of 10 in 100 is [0.0552, 0.1744]
+    assert s["mean"] == pytest.approx(1) and s["low"] == pytest.approx(0.552, abs=2e-3) and s["high"] == pytest.approx(1.744, abs=2e-3)
+
+
+def test_real_cats_examined_as_samples_are_the_floor():
+    g = torch.Generator().manual_seed(0)
+    parts = E.draw_cats(g, 600, keep=E.everything)
+
+    class Oracle(torch.nn.Module):
+        features = staticmethod(lambda x: x.flatten(1)[:, :8])
+
+        def forward(self, x):
+            return [torch.nn.functional.one_hot(p, k).float() for p, k in zip(parts.T, E.CAT_FACTORS.values())]
+    seen = torch.zeros(360_000)
+    seen[E.cat_number(parts[:150])] = 1
+    found = E.examine(Oracle(), E.render_cats(parts), seen)
+    assert found["fidelity"] < 1e-6 and min(found["entropy"].values()) > 0.98 and found["held_out"] == int(E.held_out(parts).sum())
+    assert found["seen"] == pytest.approx(0.25, abs=0.01)
+    parts[:] = parts[:1].clone()                                                                           # a collapsed model
+    found = E.examine(Oracle(), E.render_cats(parts), seen)
+    assert max(found["entropy"].values()) == 0 and found["pair_entropy"] == 0
+
+
+# ------------------------------------------------------------------------------------------------------- stores
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    """A copy of the source that can be edited, and the keys of two runs as they follow from it."""
+    for name in ("metrics", "ddpm", "dip", "experiments"):
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    monkeypatch.setattr(E, "ROOT", tmp_path)
+
+    def keys():
+        E.definitions.cache_clear(), E.fingerprint.cache_clear()
+        return E.Fit("chelsea-left", "denoise25", 5).key, E.Train("cats", 5).key
+
+    def edit(name, old, new):
+        path = tmp_path / f"{name}.py"
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+        return keys()
+    yield keys, edit
+    E.definitions.cache_clear(), E.fingerprint.cache_clear()
+
+
+def test_a_key_follows_the_code_that_a_run_uses_and_nothing_else(copy):
+    keys, edit = copy
+    fit, train = keys()
+    assert keys() == (fit, train)
+    assert edit("dip", '"""Stop after n steps, whatever happens."""', '"""Other words."""  # and a comment') == (fit, train)
+    assert edit("ddpm", "\ndef q_sample", "\n\n\n# a comment\ndef q_sample") == (fit, train)
+    fit2, train2 = edit("dip", "slope" if False else "nn.LeakyReLU(0.2", "nn.LeakyReLU(0.1")
+    assert fit2 != fit and train2 == train
+    fit3, train3 = edit("ddpm", "widths: tuple = (32, 64, 96)", "widths: tuple = (32, 64, 64)")
+    assert fit3 == fit2 and train3 != train
+    fit4, train4 = edit("experiments", '"denoise25": 425', '"denoise25": 426')
+    assert fit4 != fit3 and train4 == train3
+
+
+def test_a_key_follows_every_setting():
+    base = E.Fit("chelsea-left", "denoise25", 5)
+    changed = [E.Fit("chelsea-right", "denoise25", 5), E.Fit("chelsea-left", "block", 5), E.Fit("chelsea-left", "denoise25", 6),
+               E.Fit("chelsea-left", "denoise25", 5, seed=1), E.Fit("chelsea-left", "denoise25", 5, jitter=0.0)]
+    assert len({run.key for run in [base, *changed]}) == 6
+    assert E.SampleCats(E.Train("cats", 5), E.LearnToSee(1), 4).key != E.SampleCats(E.Train("cats", 6), E.LearnToSee(1), 4).key
+
+
+def test_writes_are_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    E.write(path, lambda p: p.write_text("old"))
+
+    def fail(p):
+        p.write_text("ha")
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        E.write(path, fail)
+    assert path.read_text() == "old"
+
+
+def test_killed_work_is_resumed_and_finished_work_is_left_alone(tmp_path):
+    for name in ("metrics", "ddpm", "dip", "experiments"):
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    script = tmp_path / "work.py"
+    script.write_text("import experiments as E\nif __name__ == '__main__':\n"
+                      "    E.execute([E.LearnToSee(3), E.LearnToSee(4), E.LearnToSee(int(__import__('sys').argv[1]))], 2)\n    print('finished')\n")
+    process = subprocess.Popen([sys.executable, str(script), "100000"], cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True)
+    began = time.time()
+    while len(list((tmp_path / ".cache").glob("*.pt") if (tmp_path / ".cache").exists() else [])) < 2 and time.time() - began < 90:
+        time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / ".cache").glob("LearnToSee-????????????????.pt")}
+    assert len(kept) == 2
+    for _ in range(2):
+        done = subprocess.run([sys.executable, str(script), "5"], cwd=tmp_path, capture_output=True, text=True)
+        assert "finished" in done.stdout, done.stderr
+    after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / ".cache").glob("LearnToSee-????????????????.pt")}
+    assert len(after) == 3 and kept.items() <= after.items()
+
+
+def test_interrupted_training_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(E, "CACHE", tmp_path)
+    run = E.Train("cats", 6)
+    whole = run.execute(lambda *a: None)
+    ticks = iter(range(0, 10 ** 9, 100))
+    monkeypatch.setattr(E.time, "perf_counter", lambda: next(ticks))                     # every step is "a minute later"
+
+    def interrupt(done, note):
+        if done > 0.6:
+            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        run.execute(interrupt)
+    assert [p.name for p in tmp_path.iterdir()] == [f"Train-{run.key}.part.pt"]
+    again = run.execute(lambda *a: None)
+    assert again["losses"] == whole["losses"] and torch.equal(again["seen"], whole["seen"])
+    assert all(torch.equal(again["ema"][1.0][k], v) for k, v in whole["ema"][1.0].items())
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------- report
+
+RESULTS = {"a": {"b": {"c": 1.2345}, "v": {"mean": 2.0, "low": 1.0, "high": 3.0, "n": 4}, "tables": {"t": "| x |"}}}
+
+
+def test_holes_tables_and_claims():
+    assert E.render("x <<a.b.c:.2f>> y", RESULTS) == "x 1.23 y"
+    assert E.render("<<a.v>> <<a.v:1>>", RESULTS) == "2.00 [1.00, 3.00] 2.0 [1.0, 3.0]"
+    assert E.render("<<a.tables.t>>", RESULTS) == "| x |"
+    assert E.render("<<100 * a.b.c - a.v.low:.0f>> %", RESULTS) == "122 %"
+    assert E.render("<!-- claim: a.b.c > 1 and a.v.low == 1 -->\nSo it is.", RESULTS) == "So it is."
+
+
+@pytest.mark.parametrize("template, message", [
+    ("<<a.b.d:.2f>>", "hole"), ("<<nothing>>", "hole"), ("<!-- claim: a.b.c > 2 -->", "is false"), ("<!-- claim: a.x > 2 -->", "claim"),
+    ("<<a.b.c:.2q>>", "hole"), ("<!-- claim: a.b.c >\n2 -->", "is false"), ("<!-- claim: open('x') -->", "claim")])
+def test_unknown_holes_and_false_claims_fail_the_build(template, message):
+    with pytest.raises(E.Refusal, match=message):
+        E.render(template, RESULTS)
+
+
+def test_a_missing_broken_or_stale_result_cannot_be_used(tmp_path):
+    with pytest.raises(E.Refusal, match="missing or broken"):
+        E.read_results("quick", tmp_path)
+    for name in E.EXPERIMENTS:
+        (tmp_path / f"{name}.json").write_text('{"key": "some other"}')
+    with pytest.raises(E.Refusal, match="other code or settings"):
+        E.read_results("quick", tmp_path)
+    (tmp_path / "ddpm.json").write_text('{"key": "half')
+    with pytest.raises(E.Refusal, match="missing or broken"):
+        E.read_results("quick", tmp_path)
+
+
+def prose(text):
+    """What was typed: holes, claims, code, links, comments and formulas taken out."""
+    for pattern in (r"^#.*?$", r"<<.*?>>", r"<!--.*?-->", r"```.*?```", r"`[^`]*`", r"\]\([^)]*\)"):
+        text = re.sub(pattern, "", text, flags=re.M if pattern[0] == "^" else re.S)
+    return text
+
+
+def test_no_typed_number_that_a_computer_produced():
+    """Decimals, and numbers with a unit of measurement, come from holes only."""
+    typed = re.findall(r"(?<![\w.])\d+\.\d+(?![\d.]*\w*/)|\d+\s*(?:dB|%|seconds|minutes|s\b|ms\b|GFLOP)", prose((ROOT / "REPORT.in.md").read_text()))
+    assert not typed, typed
+    assert re.findall(r"\d+\s*(?:dB)", prose("We got 27 dB")) and not re.findall(r"\d+\s*(?:dB)", prose("We got <<a.b>> dB"))
+
+
+def test_the_report_is_the_render_of_the_committed_results():
+    results = {name: r["values"] | {"tables": r["tables"], "hardware": r["hardware"], "runs": r["runs"], "core_seconds": r["core_seconds"]}
+               for name, r in E.read_results("full", ROOT / "out").items()}
+    assert E.render((ROOT / "REPORT.in.md").read_text(), results) == (ROOT / "REPORT.md").read_text()
+    for file in re.findall(r"\]\((out/[^)]*)\)", (ROOT / "REPORT.md").read_text() + (ROOT / "README.md").read_text()):
+        assert (ROOT / file).exists(), file
+
+
+# ------------------------------------------------------------------------------------------------------ restore
+
+def save(path, array, **options):
+    Image.fromarray(array).save(path, **options)
+    return str(path)
+
+
+def noisy(h=40, w=37, channels=3):
+    x = np.clip(np.linspace(60, 190, w)[None, :, None] + np.random.default_rng(0).normal(0, 25, (h, w, channels)), 0, 255).astype(np.uint8)
+    return x.squeeze(2) if channels == 1 else x
+
+
+@pytest.mark.parametrize("kind", ["rgb.png", "grey.png", "rgba.png", "rgb.jpg", "rgb.webp", "palette.png", "deep.png"])
+def test_any_usual_picture_is_denoised_at_its_own_size(tmp_path, kind):
+    path = tmp_path / kind
+    if kind == "grey.png":
+        save(path, noisy(channels=1))
+    elif kind == "rgba.png":
+        save(path, np.dstack([noisy(), np.full((40, 37), 128, np.uint8)]))
+    elif kind == "palette.png":
+        Image.fromarray(noisy()).quantize(64).save(path)
+    elif kind == "deep.png":
+        save(path, noisy(channels=1).astype(np.uint16) * 257)
+    else:
+        save(path, noisy())
+    E.restore(str(path), "denoise", steps=3)
+    result = Image.open(tmp_path / f"{path.stem}-restored.png")
+    assert result.size == (37, 40) and (result.mode == "L") == (kind in ("grey.png", "deep.png"))
+    assert Image.open(tmp_path / f"{path.stem}-restored-before-after.png").size == (37 * 2 + 8, 40)
+
+
+def test_exif_rotation_is_obeyed_and_transparency_is_white(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = save(tmp_path / "turned.jpg", noisy(), exif=exif)
+    assert E.read_image(path).shape == (1, 3, 37, 40)
+    clear = np.zeros((20, 20, 4), np.uint8)
+    assert E.read_image(save(tmp_path / "clear.png", clear)).min() == 1
+    deep = np.full((20, 20), 65535, np.uint16)
+    assert E.read_image(save(tmp_path / "deep.png", deep)).max() == 1
+
+
+def test_inpainting_keeps_what_is_known_and_superres_enlarges(tmp_path):
+    x, known = noisy(), np.full((40, 37), 255, np.uint8)
+    known[10:20, 10:20] = 0
+    path, mask = save(tmp_path / "x.png", x), save(tmp_path / "mask.png", known)
+    E.restore(path, "inpaint", mask=mask, steps=3, out=str(tmp_path / "out.png"))
+    result = np.asarray(Image.open(tmp_path / "out.png")).astype(int)
+    assert np.abs(result - x)[known > 0].max() <= 1 and np.abs(result[12:18, 12:18]).max() > 0
+    E.restore(path, "superres", factor="3", steps=3, out=str(tmp_path / "big.webp"))
+    assert Image.open(tmp_path / "big.webp").size == (111, 120)
+
+
+def test_refusals_are_one_sentence(tmp_path):
+    good = save(tmp_path / "good.png", noisy())
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG no")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "cut.png").write_bytes(Path(good).read_bytes()[:900])
+    Image.fromarray(np.full((20, 20), np.nan, np.float32)).save(tmp_path / "nan.tiff")
+    white, black = (save(tmp_path / f"{v}.png", np.full((40, 37), v, np.uint8)) for v in (255, 0))
+    small, other = save(tmp_path / "small.png", noisy(9, 9)), save(tmp_path / "other.png", noisy(41, 37))
+    cases = [(dict(image=str(tmp_path / "none.png"), task="denoise"), "no file"), (dict(image=str(tmp_path / "broken.png"), task="denoise"), "cannot be read"),
+             (dict(image=str(tmp_path / "empty.jpg"), task="denoise"), "cannot be read"), (dict(image=str(tmp_path / "cut.png"), task="denoise"), "cannot be read"),
+             (dict(image=str(tmp_path / "nan.tiff"), task="denoise"), "not numbers"), (dict(image=small, task="denoise"), "sides of at least"),
+             (dict(image=good, task="sharpen"), "unknown task"), (dict(image=good, task="denoise", method="magic"), "unknown method"),
+             (dict(image=good, task="denoise", sigma="loud"), "SIGMA=loud"), (dict(image=good, task="denoise", sigma="nan"), "SIGMA=nan"),
+             (dict(image=good, task="denoise", sigma="-3"), "SIGMA=-3"), (dict(image=good, task="denoise", sigma="300"), "SIGMA=300"),
+             (dict(image=good, task="superres", factor="1"), "FACTOR=1"), (dict(image=good, task="inpaint"), "needs MASK"),
+             (dict(image=good, task="inpaint", mask=white), "nothing is missing"), (dict(image=good, task="inpaint", mask=black), "nothing is known"),
+             (dict(image=good, task="inpaint", mask=other), "make them equal"), (dict(image=good, task="denoise", out=str(tmp_path / "no" / "x.png")), "cannot write"),
+             (dict(image=good, task="denoise", out=str(tmp_path / "x.txt")), "cannot write"), (dict(image=str(tmp_path), task="denoise"), "cannot be read"),
+             (dict(image=save(tmp_path / "flat.png", np.full((40, 40), 9, np.uint8)), task="denoise"), "no noise was found")]
+    for arguments, message in cases:
+        with pytest.raises(E.Refusal, match=message) as caught:
+            E.restore(**arguments)
+        assert "\n" not in str(caught.value)
+    done = subprocess.run([sys.executable, str(ROOT / "experiments.py"), "restore", "--image", str(tmp_path / "none.png"), "--task", "denoise"],
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: there is no file") and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_restoring_brings_a_photo_closer_to_the_truth(tmp_path):
+    x = E.photo_named("motorcycle_left-right", 96)
+    y = x + 50 / 255 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "y.png"
+    E.save_picture(y, path)
+    E.restore(str(path), "denoise", sigma="50", steps=250)
+    before, after = E.score(E.read_image(str(path)), x), E.score(E.read_image(str(tmp_path / "y-restored.png")), x)
+    assert after["psnr"] > before["psnr"] + 5
+
+
+def test_results_on_disk_carry_their_settings():
+    for name in E.EXPERIMENTS:
+        stored = json.loads((ROOT / "out" / f"{name}.json").read_text())
+        assert {"settings", "hardware", "scale", "core_seconds", "key"} <= stored.keys() and stored["scale"] == "full"
+        assert {"machine", "cores", "torch", "python"} <= stored["hardware"].keys()
