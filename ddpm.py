@@ -73,7 +73,7 @@ def cosine(T: int = 1000, s: float = 0.008) -> Schedule:
 
 
 def sigmoid(T: int = 1000, start: float = -3, end: float = 3) -> Schedule:
-    """ᾱ falls along a logistic curve from `start` to `end`, rescaled to run from 1 to 0 (Jabri et al. 2022, τ = 1)."""
+    """ᾱ falls along a logistic curve from `start` to `end`, rescaled to run from 1 to 0 (Jabri et al. 2022; Chen 2023, τ = 1)."""
     f = torch.sigmoid(-(start + (end - start) * _grid(T)))
     return from_curve((f - f[-1]) / (f[0] - f[-1]))
 
@@ -138,7 +138,7 @@ eps_head = Head(target=lambda s, x0, eps, t: eps, x0=predict_x0)
 
 v_head = Head(target=lambda s, x0, eps, t: at(s.alpha_bar.sqrt(), t, x0) * eps - at((1 - s.alpha_bar).sqrt(), t, x0) * x0,
               x0=lambda s, xt, t, v: at(s.alpha_bar.sqrt(), t, xt) * xt - at((1 - s.alpha_bar).sqrt(), t, xt) * v)
-"""The network predicts v = √ᾱ eps − √(1−ᾱ) x0 (Salimans & Ho 2022): well-conditioned at both ends of the chain."""
+"""The network predicts v = √ᾱ eps − √(1−ᾱ) x0 (Salimans & Ho 2022, App. D): well-conditioned at both ends of the chain."""
 
 
 def denoiser(net: nn.Module, s: Schedule, head: Head) -> Callable[[Tensor, int], Tensor]:
@@ -181,9 +181,10 @@ def train(net: nn.Module, s: Schedule, batch: Callable[[torch.Generator], Tensor
     """DDPM Algorithm 1 with Adam: yields after each of `steps` updates.
 
     batch(generator) → (B, C, H, W) in [0, 1]. The steps t are spread evenly over the batch (Kingma et al. 2021, App. I.1),
-    up to `t_max`. The learning rate warms up linearly, stays, and falls linearly over the last third; gradients are
-    clipped by norm; the yielded `ema` is an exponential average of the weights, shorter at the beginning. `amp`: dtype for autocast. A run resumed from a
-    checkpoint continues bit for bit as if it had never stopped.
+    up to `t_max`. The learning rate warms up linearly over `warmup` steps, stays at `lr`, and falls linearly over the
+    last third; gradients are clipped to norm `clip`. The yielded `ema` is an exponential average of the weights with decay
+    `ema_decay`, shorter at the beginning. `amp`: dtype for autocast. A run resumed from a checkpoint (on the same kind of
+    machine) continues bit for bit as if it had never stopped.
     """
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     optimiser = torch.optim.Adam(net.parameters(), lr=lr, fused=True)

@@ -168,7 +168,7 @@ class _Valley:
 
 
 class WindowedVariance(_Valley):
-    """ES-WMV (Wang et al. 2023): the variance of the last `window` images is least near the peak."""
+    """ES-WMV (Wang et al. 2021, arXiv 2112.06074): the variance of the last `window` images is least near the peak."""
 
     def __init__(self, window: int = 100, patience: int = 1000):
         super().__init__(patience)
@@ -187,7 +187,7 @@ class WindowedVariance(_Valley):
 
 
 class MovingVariance(_Valley):
-    """ES-EMV (Wang et al. 2023): the same with exponential weights `alpha`, after `skip` steps."""
+    """ES-EMV (Wang et al. 2021): the same with exponential weights `alpha`, after `skip` steps."""
 
     def __init__(self, alpha: float = 0.1, patience: int = 1000, skip: int = 100):
         super().__init__(patience)

@@ -75,8 +75,8 @@ def test_experiments_are_data():
     full, quick = (experiments.SCALES[k] for k in ("full", "quick"))
     for make in experiments.EXPERIMENTS.values():
         assert {type(r) for r in make(full).runs} == {type(r) for r in make(quick).runs}
-        keys = [run.key for run in dict.fromkeys(make(full).runs)]
-        assert len(set(keys)) == len(keys)
+        runs = make(full).runs                                   # runs are equal exactly when their names in the cache are
+        assert len({run.key for run in runs}) == len(set(runs)) == len({(run, run.key) for run in runs})
 
 
 def test_no_photo_is_in_two_sets():
