@@ -778,9 +778,11 @@ class DDPM:
 
     def denoising(self):
         result = self.denoise[25, 1, 1.0][0].result()
-        chosen = [v for v in result["pictures"] if v.endswith("whole")]
-        return panels([[(image, f"{name} {result['rows'][view]['noisy_psnr' if name == 'noisy' else 'psnr']:.2f} dB" if name != "clean" else view)
-                        for name, image in zip(("noisy", "one step", "clean"), result["pictures"][view])] for view in chosen], transpose=True)
+        columns = []
+        for view in [v for v in result["pictures"] if v.endswith("whole")]:
+            row, (noisy, estimate, clean) = result["rows"][view], result["pictures"][view]
+            columns.append([(noisy, f"noisy {row['noisy_psnr']:.2f} dB"), (estimate, f"one step {row['psnr']:.2f} dB, SSIM {row['ssim']:.3f}"), (clean, view)])
+        return panels(columns, transpose=True)
 
 
 RULES = {"budget": "fixed budget", "wmv": "ES-WMV, rescaled", "emv": "ES-EMV, rescaled", "wmv_published": "ES-WMV, W 100, P 1000",
