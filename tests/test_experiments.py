@@ -236,7 +236,7 @@ def test_a_missing_broken_or_stale_result_cannot_be_used(tmp_path):
 
 def prose(text):
     """What was typed: holes, claims, code, links, comments and formulas taken out."""
-    for pattern in (r"^#.*?$", r"<<.*?>>", r"<!--.*?-->", r"```.*?```", r"`[^`]*`", r"\]\([^)]*\)"):
+    for pattern in (r"^#.*?$", r"<<.*?>>", r"<!--.*?-->", r"```.*?```", r"`[^`]*`", r"\]\([^)]*\)", r"[Ss]ection \d\.\d"):
         text = re.sub(pattern, "", text, flags=re.M if pattern[0] == "^" else re.S)
     return text
 
