@@ -299,7 +299,7 @@ def execute(runs, jobs: int) -> None:
                 del todo[run]
             notes = {r: n for r, n in notes.items() if r in running.values()}
             bar.set_postfix_str(f"{len(todo)} left; " + " | ".join(f"{r.label} {100 * f:.0f}% {n}" for r, (f, n) in notes.items()), refresh=False)
-            bar.update(100 * (done + sum(r.cost * f for r, (f, _) in notes.items())) / total - bar.n)
+            bar.update(min(100, 100 * (done + sum(r.cost * f for r, (f, _) in notes.items())) / total) - bar.n)
     except KeyboardInterrupt:
         raise Refusal("interrupted: every finished run is kept, run the same command again to go on")
     except BrokenProcessPool:
@@ -635,7 +635,7 @@ class Scale(NamedTuple):
 SCALES = {
     "full": Scale(2700, 1500, 200, 400, 512, 48, {0: (5, 10, 20, 50, 100, 250), 1: (5, 10, 20, 50, 100, 1000)}, TEST, 3,
                   {"denoise15": 620, "denoise25": 500, "denoise50": 380, "superres4": 380, "random80": 380, "block": 450}),
-    "quick": Scale(24, 12, 8, 60, 64, 16, {0: (5, 20), 1: (5, 20)}, TEST[:1], 1, dict.fromkeys(TASKS, 24)),
+    "quick": Scale(24, 12, 8, 60, 64, 4, {0: (5, 10, 20, 50, 100, 250), 1: (5, 10, 20, 50, 100, 1000)}, TEST[:1], 1, dict.fromkeys(TASKS, 24)),
 }
 BUDGET = {"denoise15": 620, "denoise25": 425, "denoise50": 300, "superres4": 380, "random80": 370, "block": 450}
 TAU = 0.875                                            # Morozov's constant, for the running average, on the development photos
