@@ -149,10 +149,6 @@ def draw_cats(generator: torch.Generator, n: int, keep=lambda parts: ~held_out(p
     return parts[keep(parts)][:n]
 
 
-def cat_batch(generator: torch.Generator, n: int = 64) -> Tensor:
-    return render_cats(draw_cats(generator, n))
-
-
 # -------------------------------------------------------------------------------------------------- machinery
 
 ROOT = Path(__file__).resolve().parent
@@ -528,7 +524,7 @@ class DenoisePhotos(Run):
 
 
 def score(estimate: Tensor, clean: Tensor) -> dict:
-    """Where the truth meets an estimate, and nowhere else."""
+    """PSNR and SSIM against the truth; it meets an estimate here and where a finished run or a step already taken is scored."""
     estimate = estimate.clamp(0, 1)
     return {"psnr": metrics.psnr(estimate, clean).item(), "ssim": metrics.ssim(estimate, clean).item()}
 
