@@ -3,7 +3,7 @@ PYTHON ?= python3
 JOBS ?=
 PY := .venv/bin/python
 
-.PHONY: help all quick test report figures bench restore clean
+.PHONY: help all quick test report figures bench restore train clean
 
 help:
 	@echo "make all      compute every experiment, figure and REPORT.md (about three quarters of an hour on 2 cores;"
@@ -15,6 +15,8 @@ help:
 	@echo "make bench    where the time goes on this machine"
 	@echo "make restore IMAGE=photo.jpg TASK=denoise|inpaint|superres [SIGMA=25] [MASK=mask.png] [FACTOR=2]"
 	@echo "             [METHOD=dip|ddpm] [OUT=result.png]     restore a photo of yours"
+	@echo "make train IMAGES=folder [TRAIN_STEPS=1400] [OUT=samples.png]     a diffusion model of your own images;"
+	@echo "             then 'make restore … METHOD=ddpm IMAGES=folder' uses it"
 	@echo "make clean    forget the cache and the quick results (out/ stays)"
 	@echo "Variables: PYTHON=$(PYTHON) (3.10 to 3.13), JOBS=number of processes (default: one per core)"
 
@@ -48,10 +50,15 @@ restore: export RESTORE_SIGMA := $(SIGMA)
 restore: export RESTORE_MASK := $(MASK)
 restore: export RESTORE_FACTOR := $(FACTOR)
 restore: export RESTORE_METHOD := $(METHOD)
-restore: export RESTORE_OUT := $(OUT)
+restore train: export RESTORE_OUT := $(OUT)
+restore train: export RESTORE_IMAGES := $(IMAGES)
 restore: .venv/ready
 	@$(PY) experiments.py restore --image "$$RESTORE_IMAGE" --task "$$RESTORE_TASK" --sigma "$$RESTORE_SIGMA" --mask "$$RESTORE_MASK" \
-	  --factor "$$RESTORE_FACTOR" --method "$${RESTORE_METHOD:-dip}" --out "$$RESTORE_OUT"
+	  --factor "$$RESTORE_FACTOR" --method "$${RESTORE_METHOD:-dip}" --out "$$RESTORE_OUT" \
+	  --images "$$RESTORE_IMAGES" $(if $(TRAIN_STEPS),--train-steps $(TRAIN_STEPS))
+
+train: .venv/ready
+	@$(PY) experiments.py train --images "$$RESTORE_IMAGES" --out "$$RESTORE_OUT" $(if $(TRAIN_STEPS),--train-steps $(TRAIN_STEPS))
 
 clean:
 	rm -rf .cache out-quick .pytest_cache .hypothesis

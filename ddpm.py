@@ -166,6 +166,16 @@ def loss(net: nn.Module, s: Schedule, head: Head, x0: Tensor, t: Tensor, eps: Te
     return F.mse_loss(net(q_sample(s, x0, t, eps), t).float(), head.target(s, x0, eps, t))
 
 
+def evenly(u: Tensor) -> Tensor:
+    """All steps alike, as in DDPM."""
+    return u
+
+
+def logit_normal(mean: float, std: float) -> Callable[[Tensor], Tensor]:
+    """Steps around the middle of the chain more often: t/T is the logistic function of a normal number (Esser et al. 2024, Section 3.1)."""
+    return lambda u: torch.sigmoid(mean + std * torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)))
+
+
 class TrainState(NamedTuple):
     """After a step: its number (from 1), its loss, the averaged network to use, and `checkpoint()` to save and resume."""
     step: int
@@ -176,12 +186,12 @@ class TrainState(NamedTuple):
 
 def train(net: nn.Module, s: Schedule, batch: Callable[[torch.Generator], Tensor], head: Head, steps: int,
           generator: torch.Generator, *, lr: float = 1e-3, warmup: int = 100, clip: float = 1.0, ema_decay: float = 0.999,
-          t_max: Optional[int] = None, amp: Optional[torch.dtype] = None, resume: Optional[dict] = None
+          t_max: Optional[int] = None, place: Callable[[Tensor], Tensor] = evenly, amp: Optional[torch.dtype] = None, resume: Optional[dict] = None
           ) -> Iterator[TrainState]:
     """DDPM Algorithm 1 with Adam: yields after each of `steps` updates.
 
-    batch(generator) → (B, C, H, W) in [0, 1]. The steps t are spread evenly over the batch (Kingma et al. 2021, App. I.1),
-    up to `t_max`. The learning rate warms up linearly over `warmup` steps, stays at `lr`, and falls linearly over the
+    batch(generator) → (B, C, H, W) in [0, 1]. One uniform number per picture, spread evenly over the batch (Kingma et al. 2021,
+    App. I.1), is turned by `place` into t / t_max: `evenly`, or more often where details are decided. The learning rate warms up linearly over `warmup` steps, stays at `lr`, and falls linearly over the
     last third; gradients are clipped to norm `clip`. The yielded `ema` is an exponential average of the weights with decay
     `ema_decay`, shorter at the beginning. `amp`: dtype for autocast. A run resumed from a checkpoint (on the same kind of
     machine) continues bit for bit as if it had never stopped.
@@ -196,7 +206,7 @@ def train(net: nn.Module, s: Schedule, batch: Callable[[torch.Generator], Tensor
     for step in range(start + 1, steps + 1):
         x0 = to_diffusion(batch(generator)).to(device)
         spread = (torch.rand(1, generator=generator) + torch.arange(len(x0)) / len(x0)) % 1
-        t = (1 + (spread * t_max).long()).clamp(max=t_max).to(device)
+        t = (1 + (place(spread) * t_max).long()).clamp(max=t_max).to(device)
         eps = torch.randn(x0.shape, generator=generator).to(device)
         for group in optimiser.param_groups:
             group["lr"] = lr * min(1, step / warmup, 3 * (steps + 1 - step) / steps)

@@ -111,12 +111,13 @@ class Step(NamedTuple):
 
 def fit(y: Tensor, A: Callable[[Tensor], Tensor], net: nn.Module, z: Tensor, steps: int, generator: torch.Generator, *,
         lr: float = 0.01, jitter: float = 1 / 30, average: float = 0.99, collapse: float = 3.0,
-        amp: Optional[torch.dtype] = None) -> Iterator[Step]:
-    """min_θ mean (A f_θ(z) − y)² by Adam; yields after each of `steps` updates. The network is changed in place.
+        penalty: Optional[Callable[[Tensor, int], Tensor]] = None, amp: Optional[torch.dtype] = None) -> Iterator[Step]:
+    """min_θ mean (A f_θ(z) − y)² + penalty by Adam; yields after each of `steps` updates. The network is changed in place.
 
     jitter: standard deviation of fresh noise added to z at every step. average: decay of the running average of the images.
     collapse: Adam at this rate sometimes falls off a cliff; where the misfit jumps to more than `collapse` times its
-    recent typical value, the weights from up to 50 steps before are restored, with a fresh optimiser.
+    recent typical value, the weights from up to 50 steps before are restored, with a fresh optimiser. penalty(image, i): a
+    further term of the loss, a scalar.
     """
     optimiser = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
     mean, typical, good = None, None, None
@@ -134,7 +135,7 @@ def fit(y: Tensor, A: Callable[[Tensor], Tensor], net: nn.Module, z: Tensor, ste
             if i % 50 == 0:
                 good = {name: tensor.clone() for name, tensor in net.state_dict().items()}
             optimiser.zero_grad()
-            misfit.backward()
+            (misfit if penalty is None else misfit + penalty(image, i)).backward()
             optimiser.step()
             mean = image.detach() if mean is None else torch.lerp(image.detach(), mean, average)
         yield Step(i, image.detach(), mean, value)
@@ -155,7 +156,7 @@ class FixedBudget:
         return step.i >= self.n
 
 
-class _Valley:
+class Valley:
     """Remember the step with the least value; stop after `patience` steps without a new least one."""
 
     def __init__(self, patience: int):
@@ -167,7 +168,7 @@ class _Valley:
         return self.best > 0 and i - self.best >= self.patience
 
 
-class WindowedVariance(_Valley):
+class WindowedVariance(Valley):
     """ES-WMV (Wang et al. 2021, arXiv 2112.06074): the variance of the last `window` images is least near the peak."""
 
     def __init__(self, window: int = 100, patience: int = 1000):
@@ -186,7 +187,7 @@ class WindowedVariance(_Valley):
         return self.record(step.i, variance)
 
 
-class MovingVariance(_Valley):
+class MovingVariance(Valley):
     """ES-EMV (Wang et al. 2021): the same with exponential weights `alpha`, after `skip` steps."""
 
     def __init__(self, alpha: float = 0.1, patience: int = 1000, skip: int = 100):
@@ -213,7 +214,7 @@ class Discrepancy:
         return step.misfit <= self.threshold
 
 
-class HeldOut(_Valley):
+class HeldOut(Valley):
     """Stop where the error on measurements that the fit never saw is least (as in Noise2Self, Batson & Royer 2019).
 
     y: all measurements; A: the full operator; unseen: 1 where a measurement was kept from the fit. The error is taken on

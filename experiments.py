@@ -75,24 +75,27 @@ def photo_named(view: str, size: int) -> Tensor:
 
 
 @functools.cache
-def training_photos() -> list[Tensor]:
-    """The training photographs at full, half and quarter size where at least 64 pixels remain."""
+def training_photos(folder: str = "") -> list[Tensor]:
+    """The training photographs, or those of a folder, at full, half and quarter size where at least 64 pixels remain."""
     found = []
-    for name in TRAINING:
-        image = photo(name)
+    for image in [read_image(str(path)).expand(-1, 3, -1, -1) for path in images_in(folder)] if folder else [to_tensor(photo(name)) for name in TRAINING]:
         for k in (1, 2, 4):
-            if min(image.size) // k >= 64:
-                found.append(to_tensor(image.reduce(k))[0])
+            if min(image.shape[-2:]) // k >= 64:
+                found.append(nn.functional.avg_pool2d(image, k)[0])
     return found
 
 
-def photo_patches(generator: torch.Generator, n: int = 16, size: int = 64) -> Tensor:
-    """(n, 3, size, size): random places of random training photos, flipped and transposed at random."""
+def images_in(folder: str) -> list[Path]:
+    return sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"))
+
+
+def photo_patches(photos: list[Tensor], generator: torch.Generator, n: int = 16, size: int = 64) -> Tensor:
+    """(n, 3, size, size): random places of random photos, flipped and transposed at random."""
     def draw(high):
         return int(torch.randint(high, (1,), generator=generator))
     patches = []
     for _ in range(n):
-        image = training_photos()[draw(len(training_photos()))]
+        image = photos[draw(len(photos))]
         y, x = (draw(side - size + 1) for side in image.shape[1:])
         patch = image[:, y:y + size, x:x + size]
         patch = patch.flip(1) if draw(2) else patch
@@ -103,14 +106,15 @@ def photo_patches(generator: torch.Generator, n: int = 16, size: int = 64) -> Te
 
 @functools.cache
 def cat_layers(size: int = 32) -> list[Tensor]:
-    """Five tensors (options, 4, size, size) of premultiplied RGBA: body, fur, eyes, mouth, accessory (David Revoy, CC-BY 4.0)."""
+    """Five tensors (options, 4, size, size) of premultiplied RGBA: body, fur, eyes, mouth, accessory (David Revoy, CC-BY 4.0).
+    Two of the ten fur files are the same picture; the second is left out."""
     root = Path(importlib.util.find_spec("robohash").origin).parent / "sets" / "set4"
     def load(path):
         rgba = np.asarray(Image.open(path).convert("RGBA"), np.float32) / 255
         rgba[..., :3] *= rgba[..., 3:]
         k = rgba.shape[0] // size
         return rgba.reshape(size, k, size, k, 4).mean((1, 3)).transpose(2, 0, 1)
-    return [torch.from_numpy(np.stack([load(p) for p in sorted(folder.glob("*.png"), key=lambda p: int(p.stem[:3]))]))
+    return [torch.from_numpy(np.stack([load(p) for p in sorted(folder.glob("*.png")) if p.name != "006#fur6.png"]))
             for folder in sorted(root.iterdir()) if folder.is_dir()]
 
 
@@ -123,11 +127,11 @@ def render_cats(parts: Tensor, size: int = 32) -> Tensor:
     return image.clamp(0, 1)
 
 
-CAT_FACTORS = {"body": 15, "fur": 10, "eyes": 15, "mouth": 10, "accessory": 16}
+CAT_FACTORS = {"body": 15, "fur": 9, "eyes": 15, "mouth": 10, "accessory": 16}
 
 
 def cat_number(parts: Tensor) -> Tensor:
-    """(n, 5) factors → (n,) numbers, one for each of the 360,000 cats."""
+    """(n, 5) factors → (n,) numbers, one for each of the 324,000 cats."""
     number = torch.zeros(len(parts), dtype=torch.long)
     for index, options in zip(parts.T, CAT_FACTORS.values()):
         number = number * options + index
@@ -139,8 +143,11 @@ def everything(parts: Tensor) -> Tensor:
 
 
 def held_out(parts: Tensor) -> Tensor:
-    """(n,) bool: a tenth of all pairs (fur, eyes) never occurs in training."""
+    """(n,) bool: about a tenth of all pairs (fur, eyes) never occurs in training."""
     return (parts[:, 1] + parts[:, 2]) % 10 == 0
+
+
+HELD_OUT_SHARE = float(held_out(torch.cartesian_prod(*map(torch.arange, CAT_FACTORS.values()))).float().mean())
 
 
 def draw_cats(generator: torch.Generator, n: int, keep=lambda parts: ~held_out(parts)) -> Tensor:
@@ -312,10 +319,12 @@ def execute(runs, jobs: int) -> None:
 @dataclass(frozen=True)
 class Train(Run):
     """A diffusion model, its weights averaged at an eighth, a quarter, a half and the whole of training; resumable."""
-    data: str                                       # "cats" or "photos"
+    data: str                                       # "cats", "photos", or a folder of images
     steps: int
     schedule: str = "cosine"
     head: str = "v"
+    places: tuple = ()                              # mean and deviation of a logit-normal t / T; empty: all steps alike
+    stamp: str = ""                                 # what the folder held
     seed: int = 0
 
     label = property(lambda self: f"train {self.data}")
@@ -342,8 +351,8 @@ class Train(Run):
         seen = torch.zeros(math.prod(CAT_FACTORS.values()), dtype=torch.bool)
 
         def batch(generator):
-            if self.data == "photos":
-                return photo_patches(generator, self.images)
+            if self.data != "cats":
+                return photo_patches(training_photos("" if self.data == "photos" else self.data), generator, self.images)
             parts = draw_cats(generator, self.images)
             seen[cat_number(parts)] = True
             return render_cats(parts)
@@ -355,7 +364,7 @@ class Train(Run):
         marks = {max(1, round(self.steps * f)): f for f in (1 / 8, 1 / 4, 1 / 2, 1.0)}
         network, (schedule, head) = self.network(), self.parts()
         for state in ddpm.train(network, schedule, batch, head, self.steps, self.generator(), lr=self.lr, amp=AMP,
-                                resume=saved["trainer"]):
+                                place=ddpm.logit_normal(*self.places) if self.places else ddpm.evenly, resume=saved["trainer"]):
             saved["losses"].append(state.loss)
             seconds = spent + time.perf_counter() - began
             progress(state.step / self.steps, f"loss {state.loss:.3f}, {self.images * state.step / seconds:.0f} images/s")
@@ -413,10 +422,24 @@ class LearnToSee(Run):
         return eye.eval()
 
 
+def nearest_parts(images: Tensor, parts: Tensor) -> Tensor:
+    """(n, 5): the cat nearest to each image, found from the guess `parts` by trying every option of one factor at a time."""
+    for _ in range(4):
+        before, parts = parts, parts.clone()
+        for i, options in enumerate(CAT_FACTORS.values()):
+            tried = parts.repeat_interleave(options, 0)
+            tried[:, i] = torch.arange(options).repeat(len(parts))
+            rendered = render_cats(tried).reshape(len(parts), options, -1)
+            parts[:, i] = (rendered - images.flatten(1)[:, None]).square().sum(2).argmin(1)
+        if torch.equal(parts, before):
+            break
+    return parts
+
+
 @torch.no_grad()
 def examine(eye: Eye, images: Tensor, seen: Tensor) -> dict:
-    """What the classifier sees in cats (n, 3, 32, 32): features, and the measures that a known distribution allows."""
-    parts = torch.stack([out.argmax(1) for out in eye(images)], dim=1)
+    """Cats (n, 3, 32, 32): the classifier's features, the nearest true cats, and the measures that a known distribution allows."""
+    parts = torch.cat([nearest_parts(x, torch.stack([out.argmax(1) for out in eye(x)], dim=1)) for x in images.split(64)])
     def entropy(index, options):                                                                   # 1 = uniform
         share = torch.bincount(index, minlength=options) / len(index)
         return float(-torch.special.xlogy(share, share).sum() / math.log(options))
@@ -554,6 +577,13 @@ def measure(task: str, clean: Tensor, generator: torch.Generator) -> tuple[Tenso
     return y + TASKS[task] / 255 * torch.randn(y.shape, generator=generator).to(y.device), operator
 
 
+def fresh_dip(generator: torch.Generator, shape, **options) -> tuple[dip.Hourglass, Tensor]:
+    """A new hourglass, by default the one of the experiments, and its input."""
+    torch.manual_seed(int(torch.randint(2 ** 31, (1,), generator=generator)))
+    network = dip.Hourglass(**{"widths": (32,) * 4, "upsample": "nearest", "padding": "zeros"} | options)
+    return network.to(DEVICE), dip.random_input(shape, generator).to(DEVICE)
+
+
 @dataclass(frozen=True)
 class Fit(Run):
     """One DIP fit with every rule watching: curves at each step, what each rule would deliver, some pictures."""
@@ -567,7 +597,8 @@ class Fit(Run):
     padding: str = "zeros"
     jitter: float = 1 / 30
     size: int = 96
-    seed: int = 0
+    seed: int = 0                                                          # of the noise, and of the network's start
+    start: int = 0                                              # another start on the same measurement
     label = property(lambda self: f"fit {self.photo}")
     cost = property(lambda self: self.steps * 0.037 * (self.widths[0] / 32) ** 1.4 * (self.size / 96) ** 2)
 
@@ -586,9 +617,8 @@ class Fit(Run):
         generator = self.generator(f"{self.photo}/{self.task}")
         y, operator = measure(self.task, clean, generator)
         unseen = (torch.rand(1, 1, *y.shape[-2:], generator=generator) < self.unseen).float().to(DEVICE)
-        torch.manual_seed(self.seed)
-        network = dip.Hourglass(widths=self.widths, skip=self.skip, upsample=self.upsample, padding=self.padding).to(DEVICE)
-        z = dip.random_input(clean.shape[-2:], generator).to(DEVICE)
+        generator = self.generator(f"{self.photo}/{self.task}/start {self.start}")
+        network, z = fresh_dip(generator, clean.shape[-2:], widths=self.widths, skip=self.skip, upsample=self.upsample, padding=self.padding)
         rules, stopped, pictures = self.rules(y, operator, unseen), {}, {"measured": operator.pinv(y)}
         curves, seconds, began = {"psnr": [], "average_psnr": [], "misfit": []}, 0.0, time.perf_counter()
         for step in dip.fit(y * (1 - unseen), lambda x: operator.A(x) * (1 - unseen), network, z, self.steps, generator,
@@ -629,13 +659,14 @@ class Scale(NamedTuple):
 
 
 SCALES = {
-    "full": Scale(2700, 1500, 200, 400, 512, 48, {0: (5, 10, 20, 50, 100, 250), 1: (5, 10, 20, 50, 100, 1000)}, TEST, 3,
+    "full": Scale(2800, 1400, 200, 400, 512, 48, {0: (5, 10, 20, 50, 100), 1: (5, 10, 20, 50, 100, 1000)}, TEST, 3,
                   {"denoise15": 620, "denoise25": 500, "denoise50": 380, "superres4": 380, "random80": 380, "block": 450}),
-    "quick": Scale(24, 12, 8, 60, 64, 4, {0: (5, 10, 20, 50, 100, 250), 1: (5, 10, 20, 50, 100, 1000)}, TEST[:1], 1, dict.fromkeys(TASKS, 24)),
+    "quick": Scale(24, 12, 8, 60, 64, 4, {0: (5, 10, 20, 50, 100), 1: (5, 10, 20, 50, 100, 1000)}, TEST[:1], 1, dict.fromkeys(TASKS, 24)),
 }
 BUDGET = {"denoise15": 620, "denoise25": 425, "denoise50": 300, "superres4": 380, "random80": 370, "block": 450}
 TAU = 0.875                                            # Morozov's constant, for the running average, on the development photos
-WMV, EMV = (50, 150), (0.05, 100, 50)         # window or weight, patience, first step: rescaled from fits of thousands of steps
+PLACES = (-0.1, 1.1)                            # training steps of the cats: the middle of the chain, where fur and mouth are decided
+WMV, EMV = (80, 50), (0.05, 50, 50)         # window or weight, patience, first step: rescaled from fits of thousands of steps
 
 
 def views(names) -> list[str]:
@@ -677,15 +708,17 @@ class DDPM:
 
     def __init__(self, scale: Scale):
         s = self.scale = scale
-        self.eye, self.cats, self.photos = LearnToSee(s.eye), Train("cats", s.cats), Train("photos", s.photos)
+        self.eye, self.cats, self.photos = LearnToSee(s.eye), Train("cats", s.cats, places=PLACES), Train("photos", s.photos)
         self.main = SampleCats(self.cats, self.eye, s.samples)
         self.floor = {n: RealCats(self.eye, n, seed=1) for n in {s.samples, s.samples // 4, s.few}}
         self.reference = RealCats(self.eye, 8 * s.samples, seed=2)
         self.grid = {(eta, k): SampleCats(self.cats, self.eye, s.few, k, float(eta)) for eta in s.chain for k in s.chain[eta]}
         self.budget = {at: SampleCats(self.cats, self.eye, s.samples // 4, at=at) for at in (1 / 8, 1 / 4, 1 / 2, 1.0)}
         self.raw = SampleCats(self.cats, self.eye, s.samples // 4, ema=False)
-        self.variants = {f"{schedule}, {head}": SampleCats(Train("cats", s.short, schedule, head), self.eye, s.samples // 4)
-                         for schedule, head in (("cosine", "v"), ("linear", "v"), ("sigmoid", "v"), ("cosine", "eps"))}
+        variants = {"cosine, v": {}, "linear, v": {"schedule": "linear"}, "sigmoid, v": {"schedule": "sigmoid"}, "cosine, eps": {"head": "eps"},
+                    "cosine, v, all steps alike": {"places": ()}}
+        self.variants = {name: SampleCats(Train(**{"data": "cats", "steps": s.short, "places": PLACES} | change), self.eye, s.samples // 4)
+                         for name, change in variants.items()}
         self.sheet = SamplePhotos(self.photos, steps=min(50, s.chain[0][-1]))
         settings = [(15, 1, 1.0), (25, 1, 1.0), (50, 1, 1.0), (25, 2, 1.0), (25, 10, 1.0), (25, 1, 1 / 8), (25, 1, 1 / 4), (25, 1, 1 / 2)]
         self.denoise = {(sigma, k, at): [DenoisePhotos(self.photos, s.test, sigma, k, at, seed=seed) for seed in range(s.seeds)]
@@ -700,7 +733,7 @@ class DDPM:
         """The measures of one sheet, without its pictures."""
         return {k: result[k] for k in ("n", "fidelity", "entropy", "pair_entropy", "seen", "seconds") if k in result} | {
             "frechet": metrics.frechet(result["features"], reference["features"]),
-            "entropy_least": min(result["entropy"].values()), "held_out": share(result["held_out"], result["n"], 0.1)}
+            "entropy_least": min(result["entropy"].values()), "held_out": share(result["held_out"], result["n"], HELD_OUT_SHARE)}
 
     def assemble(self) -> tuple[dict, dict]:
         reference = self.reference.result()
@@ -739,7 +772,7 @@ class DDPM:
                   "floor": {"main": floor[self.scale.samples], "quarter": floor[quarter], "few": floor[few]},
                   "grid": {f"{'ancestral' if eta else 'ddim'}{k}": m for (eta, k), m in grid.items()},
                   "budget": {f"at{round(100 * at)}": m for at, m in budget.items()},
-                  "variants": {k.replace(", ", "_"): m for k, m in variants.items()}, "variants_steps": self.scale.short,
+                  "variants": {re.sub(r"\W+", "_", k): m for k, m in variants.items()}, "variants_steps": self.scale.short,
                   "train": {k: {"seconds": t["seconds"], "steps": len(t["losses"]), "parameters": t["parameters"]} for k, t in trained.items()},
                   "seen_fair": float(trained["cats"]["seen"].float().mean()),
                   "denoise": {f"s{sigma}_k{k}_at{round(100 * at)}": m for (sigma, k, at), m in denoise.items()},
@@ -798,7 +831,7 @@ class DIP:
                      for task in TASKS for view in views(scale.test) for seed in range(scale.seeds if task == "denoise25" else 1)}
         self.held_out = {view: Fit(view, "denoise25", fit["denoise25"], unseen=0.05) for view in views(scale.test)}
         changes = {"as chosen": {}, "bilinear, reflected borders": {"upsample": "bilinear", "padding": "reflect", "steps": 2 * fit["denoise25"]},
-                   "3 scales": {"widths": (32,) * 3}, "width 16": {"widths": (16,) * 4}, "width 48": {"widths": (48,) * 4},
+                   "3 scales": {"widths": (32,) * 3}, "width 16": {"widths": (16,) * 4},
                    "no skips": {"skip": 0}, "no jitter": {"jitter": 0.0}}
         self.ablation = {(name, view): Fit(**{"photo": view, "task": "denoise25", "steps": fit["denoise25"], **change})
                          for name, change in changes.items() for view in views(scale.test) if view.endswith("whole")}
@@ -1170,7 +1203,29 @@ def estimate_sigma(y: Tensor) -> float:
     return float(diagonal.abs().median() / 0.6745)
 
 
-def restore(image: str, task: str, method: str = "dip", sigma: str = "", mask: str = "", factor: str = "", out: str = "", steps: int = 0) -> None:
+def folder_model(folder: str, steps: int = 0) -> Train:
+    """The run that trains a photo model on the user's own images."""
+    if not Path(folder).is_dir() or not images_in(folder):
+        raise Refusal(f"{folder or 'IMAGES'} is not a folder with images (PNG, JPEG, WebP or TIFF): give IMAGES=folder")
+    if not training_photos(folder):
+        raise Refusal(f"no image in {folder} has sides of at least 64 pixels: add larger ones")
+    stamp = repr([(p.name, p.stat().st_size) for p in images_in(folder)])
+    return Train(str(Path(folder).resolve()), steps or SCALES["full"].photos, stamp=hashlib.sha256(stamp.encode()).hexdigest()[:16])
+
+
+def train(images: str, out: str = "", train_steps: int = 0) -> None:
+    """Train a photo model on a folder of images, keep it in the cache, and draw 16 samples."""
+    target = Path(out or "samples.png")
+    if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or not target.parent.is_dir():
+        raise Refusal(f"cannot write {target}: OUT needs an existing folder and the ending .png, .jpg or .webp")
+    samples = SamplePhotos(folder_model(images, train_steps), steps=50)
+    execute([samples], 1)
+    save_figure(sheet(samples.result()["images"], 4), target)
+    print(f"{path_name(target)} written; restore with METHOD=ddpm IMAGES={images}" + (f" TRAIN_STEPS={train_steps}" if train_steps else ""))
+
+
+def restore(image: str, task: str, method: str = "dip", sigma: str = "", mask: str = "", factor: str = "", out: str = "", steps: int = 0,
+            images: str = "", train_steps: int = 0) -> None:
     """Restore a photo from a file; writes the result and a before/after picture beside it."""
     if task not in ("denoise", "inpaint", "superres"):
         raise Refusal(f"unknown task {task!r}: choose denoise, inpaint or superres")
@@ -1203,8 +1258,12 @@ def restore(image: str, task: str, method: str = "dip", sigma: str = "", mask: s
                           "it must be white where pixels are known and black where they are missing")
         operator = dip.mask(known)
         y = operator.A(y)
+    model = folder_model(images, train_steps) if images else DDPM(SCALES["full"]).photos
     began = time.perf_counter()
-    estimate = {"dip": restore_dip, "ddpm": restore_ddpm}[method](y, operator, task, level, shape, steps)
+    if method == "dip":
+        estimate = restore_dip(y, operator, task, shape, steps)
+    else:
+        estimate = restore_ddpm(y, operator, task, level, shape, steps, model)
     if task == "inpaint":
         estimate = y + estimate * (1 - known)                                                    # what is known stays
     before = operator.pinv(y)
@@ -1229,13 +1288,11 @@ def save_picture(x: Tensor, path: Path) -> None:
     write(path, Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save)
 
 
-def restore_dip(y, operator, task, level, shape, steps) -> Tensor:
+def restore_dip(y, operator, task, shape, steps) -> Tensor:
     """DIP, stopped by held-out measurements: of all rules here the one that needs neither the truth nor the noise level."""
     steps, generator = steps or 2000, torch.Generator().manual_seed(0)
     height, width = (16 * max(2, -(-side // 16)) for side in shape)
-    torch.manual_seed(0)
-    net = dip.Hourglass(c_out=y.shape[1], widths=(32,) * 4, upsample="nearest", padding="zeros").to(DEVICE)
-    z = dip.random_input((height, width), generator).to(DEVICE)
+    net, z = fresh_dip(generator, (height, width), c_out=y.shape[1])
     unseen = (torch.rand(1, 1, *y.shape[-2:], generator=generator) < 0.05).float().to(DEVICE)
     unseen = unseen * operator.A(torch.ones_like(operator.pinv(y)))[:, :1]                          # only what was measured
 
@@ -1255,9 +1312,8 @@ def restore_dip(y, operator, task, level, shape, steps) -> Tensor:
     return best[..., :shape[0], :shape[1]]
 
 
-def restore_ddpm(y, operator, task, level, shape, steps) -> Tensor:
+def restore_ddpm(y, operator, task, level, shape, steps, model) -> Tensor:
     """Diffusion: one step at the matching noise, or a DDIM chain whose every guess is made to agree with y (range–null space)."""
-    model = DDPM(SCALES["full"]).photos
     if not model.path.exists():
         print("no trained model yet: training it once, about a quarter of an hour; it is kept in .cache")
         execute([model], 1)
@@ -1289,9 +1345,14 @@ def main() -> None:
         command.add_argument("--scale", choices=SCALES, default="full")
         command.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     command = commands.add_parser("restore", help="restore a photo of yours")
-    for name in ("image", "task", "method", "sigma", "mask", "factor", "out"):
+    for name in ("image", "task", "method", "sigma", "mask", "factor", "out", "images"):
         command.add_argument(f"--{name}", default={"method": "dip"}.get(name, ""))
     command.add_argument("--steps", type=int, default=0, help="at most so many DIP or sampling steps")
+    learn = commands.add_parser("train", help="train a diffusion model on a folder of images of yours")
+    learn.add_argument("--images", required=True)
+    learn.add_argument("--out", default="")
+    for command in (command, learn):
+        command.add_argument("--train-steps", type=int, default=0, help=f"training steps (default {SCALES['full'].photos})")
     options = vars(parser.parse_args())
     command = options.pop("command")
     try:
@@ -1303,6 +1364,8 @@ def main() -> None:
             make_figures(options["scale"])
         elif command == "bench":
             bench()
+        elif command == "train":
+            train(**options)
         else:
             if not options["image"] or not options["task"]:
                 raise Refusal("restore needs IMAGE=… and TASK=denoise, inpaint or superres")

@@ -139,6 +139,22 @@ class Cliff(nn.Module):
         return self.w.expand(1, 1, 4, 4)
 
 
+def test_a_quadratic_penalty_is_a_shift_of_the_target():
+    """|f − y|² + λ|f − c|² = (1 + λ) |f − (y + λc)/(1 + λ)|² + a constant, and Adam does not mind the factor."""
+    def images(y, **options):
+        torch.manual_seed(0)
+        net = dip.Hourglass(c_in=4, widths=(8, 8), upsample="nearest", padding="zeros")
+        return [s.image for s in dip.fit(y, lambda x: x, net, torch.full((1, 4, 16, 16), 0.1), 8, generator(), **options)]
+    y, c = torch.rand(2, 1, 3, 16, 16, generator=generator(1))
+    seen = []
+    def penalty(image, i):
+        seen.append(i)
+        return 0.5 * (image - c).square().mean()
+    ours, theirs, plain = images(y, penalty=penalty), images((y + 0.5 * c) / 1.5), images(y)
+    assert (ours[1] - theirs[1]).abs().mean() < 1e-4 < 1e-2 < (ours[1] - plain[1]).abs().mean()      # later, Adam amplifies rounding
+    assert seen == list(range(1, 9))
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_a_collapse_restores_the_last_good_weights(broken):
     net = Cliff()

@@ -1,0 +1,134 @@
+"""Diffusion and deep image prior together: what each can do for the other.
+
+Read in order: noise stages that tell DIP when to stop.
+
+Notation (besides that of ddpm.py and dip.py)
+    y = x + n     a noisy photo, n ~ N(0, σ² I): already a state of the forward process, at the step whose σ_t is σ
+    q = y + S ξ   a noisier state of the same process, at the step where σ_t² = σ² + S²
+    c             the complement of q: y − (σ²/S²)(q − y)
+    d             number of values in y
+Images are float tensors (1, C, H, W) in [0, 1]; σ and S are standard deviations in the same unit.
+"""
+import math
+from typing import Callable, Iterator, NamedTuple, Sequence
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+import ddpm
+import dip
+
+
+# --------------------------------------------------------------------------- noise stages that tell DIP when to stop
+
+class Link(NamedTuple):
+    """A state of the forward process that runs through y: its step, the noise S added since y, and q itself."""
+    t: int
+    S: float
+    q: Tensor
+
+
+def noising_chain(y: Tensor, sigma: float, s: ddpm.Schedule, ts: Sequence[int], generator: torch.Generator) -> list[Link]:
+    """The forward process continued from y to the steps `ts` (rising): q_k = q_{k−1} + s_k ξ_k, nested, never drawn anew from y.
+
+    Raises ValueError where a step is not noisier than the one before (or than y).
+    """
+    chain, q, S = [], y, 0.0
+    for t in ts:
+        variance = ddpm.noise_level(s)[t].item() ** 2 - sigma ** 2
+        if not variance > S ** 2:
+            raise ValueError(f"step {t} must be noisier than the step before it: give rising steps with σ_t above {math.hypot(sigma, S):.4f}")
+        noise = torch.randn(y.shape, generator=generator, dtype=y.dtype).to(y.device)
+        q = q + math.sqrt(variance - S ** 2) * noise
+        S = math.sqrt(variance)
+        chain.append(Link(t, S, q))
+    return chain
+
+
+def complement(y: Tensor, sigma: float, link: Link) -> Tensor:
+    """c = y − (σ²/S²)(q − y): given x, independent of q and of every later link (REPORT, section 1.4)."""
+    return y - (sigma / link.S) ** 2 * (link.q - y)
+
+
+def risk(f: Tensor, y: Tensor, sigma: float, link: Link) -> float:
+    """‖f − c‖²/d − σ²(1 + σ²/S²): unbiased for ‖f − x‖²/d if f was made of q and of later links alone, in any way."""
+    return (f - complement(y, sigma, link)).square().mean().item() - sigma ** 2 * (1 + (sigma / link.S) ** 2)
+
+
+def mirror(y: Tensor, link: Link) -> Link:
+    """The link with the opposite noise, y − Sξ: just as likely, and together the two cancel ξ to first order."""
+    return link._replace(q=2 * y - link.q)
+
+
+def pair_risk(f: Tensor, g: Tensor, y: Tensor, sigma: float, link: Link) -> float:
+    """Unbiased for the squared error of (f + g)/2, where f was made of the link and g of its mirror.
+
+    The parallelogram law, ‖(a+b)/2‖² = ‖a‖²/2 + ‖b‖²/2 − ‖a−b‖²/4, on the two errors. Multiplied out it is SURE (Stein 1981) with
+    the divergence as a central difference of step S, and exact for any S. The last term has mean zero and takes away noise
+    that all steps share.
+    """
+    halves = risk(f, y, sigma, link) / 2 + risk(g, y, sigma, mirror(y, link)) / 2
+    shared = (sigma / link.S) ** 4 * ((link.q - y).square().mean().item() - link.S ** 2)
+    return halves - (f - g).square().mean().item() / 4 - shared
+
+
+def blend(f: Tensor, risk_f: float, g: Tensor, risk_g: float) -> tuple[Tensor, float]:
+    """The convex combination w f + (1−w) g of least estimated risk, and that risk.
+
+    On the errors, ‖w a + (1−w) b‖² = w‖a‖² + (1−w)‖b‖² − w(1−w)‖a−b‖², and a − b = f − g is known. So with D = ‖f−g‖²/d the best
+    weight is ½ + (risk_g − risk_f)/(2D), cut to [0, 1]; equal risks gain D/4.
+    """
+    D = (f - g).square().mean().item()
+    w = min(1.0, max(0.0, 0.5 + (risk_g - risk_f) / (2 * D))) if D else 1.0
+    return w * f + (1 - w) * g, w * risk_f + (1 - w) * risk_g - w * (1 - w) * D
+
+
+class Stage(NamedTuple):
+    """After an update within stage `k` (the noisiest is 0): what was fitted, how far, and what there is to deliver.
+
+    image: the stage's running average, of both networks where the link has a mirror. value: its estimated squared error,
+    or, on y itself, its misfit in units of σ². best_step, best: the step of this stage to be delivered and its image. blended,
+    expected: the combination of all stages so far and its estimated squared error (NaN where nothing can estimate it).
+    """
+    k: int
+    link: Link
+    i: int
+    image: Tensor
+    value: float
+    best_step: int
+    best: Tensor
+    blended: Tensor
+    expected: float
+
+
+def staged_fit(y: Tensor, sigma: float, chain: Sequence[Link], fresh: Callable[[], tuple[nn.Module, Tensor]], steps: int,
+               generator: torch.Generator, *, mirrored: bool = True, warm: bool = False, patience: int = 60, **options) -> Iterator[Stage]:
+    """DIP on the states of a noising chain, in the order given, each stopped by its own error meter; at most `steps` a stage.
+
+    Give the noisiest link first, as the reverse process does: then every meter is honest, also with `warm`. fresh() gives a new network and its input. mirrored: fit a second network to the link with the opposite noise, in step with the
+    first, and deliver their mean; otherwise one network per stage. warm: go on with the networks of the stage before. A stage
+    ends `patience` steps after its least estimated risk. A link with S = 0 is plain DIP on y, where no complement exists: it
+    stops when its misfit has fallen to the fraction of the noise that was left at the best step of the stage before (to
+    σ² itself if there was none), and counts for 0.7 in the blend. `options` go to dip.fit.
+    """
+    nets, fraction, blended, expected = [], 1.0, None, math.nan
+    for k, link in enumerate(chain):
+        links = [link, mirror(y, link)] if mirrored and link.S else [link]
+        nets = nets[:len(links)] if warm and k else [fresh() for _ in links]
+        fits = [dip.fit(x.q, lambda image: image, net, z, steps, generator, **options) for x, (net, z) in zip(links, nets)]
+        valley, before = dip.Valley(patience), (blended, expected)
+        for pair in zip(*fits):
+            images, i = [step.average for step in pair], pair[0].i
+            image = sum(images) / len(images)
+            misfit = (images[0] - link.q).square().mean().item() / (sigma ** 2 + link.S ** 2)
+            value = misfit if not link.S else pair_risk(*images, y, sigma, link) if mirrored else risk(image, y, sigma, link)
+            stop = valley.record(i, value) if link.S else misfit <= fraction
+            if valley.best == i or not link.S:
+                best, best_step, left, blended, expected = image, i, misfit, image, value if link.S else math.nan
+                if before[0] is not None:
+                    blended, expected = blend(*before, image, value) if link.S else (0.3 * before[0] + 0.7 * image, math.nan)
+            yield Stage(k, link, i, image, value, best_step, best, blended, expected)
+            if stop:
+                break
+        fraction = left
