@@ -6,7 +6,7 @@ PY := .venv/bin/python
 .PHONY: help all quick test report figures bench restore train clean
 
 help:
-	@echo "make all      compute every experiment, figure and REPORT.md (about three quarters of an hour on 2 cores;"
+	@echo "make all      compute every experiment, figure and REPORT.md (about an hour and a quarter on 2 cores;"
 	@echo "              interrupt it when you like: the next 'make all' goes on; a second one does nothing)"
 	@echo "make quick    the same road on tiny budgets, into out-quick/ (minutes; its numbers mean nothing)"
 	@echo "make test     prove that the mathematics is right"
@@ -14,7 +14,7 @@ help:
 	@echo "make figures  draw the figures again from the runs in .cache/"
 	@echo "make bench    where the time goes on this machine"
 	@echo "make restore IMAGE=photo.jpg TASK=denoise|inpaint|superres [SIGMA=25] [MASK=mask.png] [FACTOR=2]"
-	@echo "             [METHOD=dip|ddpm] [OUT=result.png]     restore a photo of yours"
+	@echo "             [METHOD=dip|ddpm|staged] [OUT=result.png]     restore a photo of yours"
 	@echo "make train IMAGES=folder [TRAIN_STEPS=1400] [OUT=samples.png]     a diffusion model of your own images;"
 	@echo "             then 'make restore … METHOD=ddpm IMAGES=folder' uses it"
 	@echo "make clean    forget the cache and the quick results (out/ stays)"

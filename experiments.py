@@ -18,7 +18,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import matplotlib
 import numpy as np
@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import ddpm
 import dip
+import hybrid
 import metrics
 
 matplotlib.use("Agg")
@@ -642,6 +643,147 @@ class Fit(Run):
                 "seconds": seconds, "parameters": sum(p.numel() for p in network.parameters())}
 
 
+# ------------------------------------------------------------------------------------------------ runs: hybrids
+
+def corrupt(clean: Tensor, noise: str, sigma: float, generator: torch.Generator) -> Tensor:
+    """White Gaussian noise, the same cut to [0, 1] as a camera's file is, or Poisson or salt-and-pepper noise of the same mean square."""
+    if noise == "poisson":                                                       # photons per unit of brightness: mean / σ²
+        photons = clean.mean().item() / sigma ** 2
+        return torch.poisson(clean * photons, generator=generator) / photons
+    if noise == "salt and pepper":
+        grains = torch.rand(clean.shape, generator=generator).round()
+        hit = torch.rand(clean.shape, generator=generator) < sigma ** 2 / (grains - clean).square().mean()
+        return torch.where(hit, grains, clean)
+    y = clean + sigma * torch.randn(clean.shape, generator=generator)
+    return y.clamp(0, 1) if noise == "clipped" else y
+
+
+@dataclass(frozen=True)
+class SelfDiffusion(Run):
+    """Stages in the manner of Self-diffusion (2510.21417): the network's input is its last picture plus ever less noise, the target always y."""
+    photo: str
+    task: str
+    steps: int
+    levels: int = 20
+    size: int = 96
+    seed: int = 0
+    label = property(lambda self: f"self-diffusion of {self.photo}")
+    cost = property(lambda self: self.steps * 0.037 * (self.size / 96) ** 2)
+
+    def execute(self, progress) -> dict:
+        clean, generator, sigma = photo_named(self.photo, self.size), self.generator(f"{self.photo}/{self.task}"), TASKS[self.task] / 255
+        y = corrupt(clean, "gaussian", sigma, generator).to(DEVICE)
+        network, _ = fresh_dip(generator, y.shape[-2:], c_in=3)
+        x, curve, began = torch.zeros_like(y), [], time.perf_counter()
+        for k in range(self.levels):
+            z = x + (1 - k / self.levels) * torch.randn(y.shape, generator=generator).to(DEVICE)
+            for step in dip.fit(y, lambda image: image, network, z, max(1, self.steps // self.levels), generator, jitter=0.0, amp=AMP):
+                pass
+            x = step.image
+            curve.append(score(x.cpu(), clean)["psnr"])
+            progress(k / self.levels)
+        return {"stages": [{"gap": max(curve) - curve[-1], "step": len(curve)}], "expected": math.nan,
+                "seconds": time.perf_counter() - began} | score(x.cpu(), clean)
+
+
+@dataclass(frozen=True)
+class Staged(Run):
+    """Hybrid I on one photo: what the stages believe of themselves, and the truth about them."""
+    photo: str
+    task: str
+    steps: int                                                                              # at most so many, per stage
+    ratios: tuple = (0.25,)                                      # S / σ of each stage in the order walked; 0 is y itself
+    mirrored: bool = True
+    warm: bool = False
+    patience: int = 30
+    copies: int = 1                                                                 # chains drawn and averaged
+    belief: float = 1.0                                           # the σ that is believed over the true one; 0: estimated
+    noise: str = "gaussian"
+    extra: str = ""                                                             # "perceptual" or "adversarial": a further loss
+    leak: bool = False                                            # LEAK: stages are the *clean* image plus noise, as in public projects
+    widths: tuple = (32, 32, 32, 32)
+    skip: int = 4
+    size: int = 96
+    seed: int = 0
+    model: Optional[Train] = None
+    label = property(lambda self: f"stages of {self.photo}")
+    needs = property(lambda self: (self.model,) if self.model else ())
+    cost = property(lambda self: self.copies * len(self.ratios) * (1 + self.mirrored) * self.steps * 0.037 * (self.size / 96) ** 2)
+
+    def chain(self, y: Tensor, sigma: float, generator: torch.Generator) -> list[hybrid.Link]:
+        """The links in the order of `ratios`; steps are those of the cosine schedule, finely divided."""
+        s, rising = ddpm.cosine(4000), sorted(r for r in self.ratios if r)
+        links = dict(zip(rising, hybrid.noising_chain(y, sigma, s, [ddpm.step_of(s, sigma * math.hypot(1, r)) for r in rising], generator)))
+        return [links.get(r, hybrid.Link(ddpm.step_of(s, sigma), 0.0, y)) for r in self.ratios]
+
+    def execute(self, progress) -> dict:
+        clean, generator, true = photo_named(self.photo, self.size), self.generator(f"{self.photo}/{self.task}"), TASKS[self.task] / 255
+        y = corrupt(clean, self.noise, true, generator)
+        sigma = self.belief * true if self.belief else estimate_sigma(y)
+        source = clean if self.leak else y
+        outcomes, curves, stages, seconds = [], {"psnr": [], "believed": [], "own": []}, [], 0.0
+        clean, done = clean.to(DEVICE), 0
+        for copy in range(self.copies):
+            generator = self.generator(f"{self.photo}/{self.task}/stages {copy}")
+            chain = [link._replace(q=link.q.to(DEVICE)) for link in self.chain(source, sigma, generator)]
+            def fresh():
+                return fresh_dip(generator, y.shape[-2:], widths=self.widths, skip=self.skip)
+            penalty, began = self.penalty(y, sigma), time.perf_counter()
+            for stage in hybrid.staged_fit(source.to(DEVICE), sigma, chain, fresh, self.steps, generator, mirrored=self.mirrored, warm=self.warm,
+                                           patience=self.patience, penalty=penalty, amp=AMP):
+                seconds += time.perf_counter() - began
+                if stage.i == 1:
+                    stages.append({"ratio": stage.link.S / sigma, "t": stage.link.t, "curve": []})
+                stages[-1]["curve"].append(metrics.psnr(stage.image, clean).item())
+                stages[-1] |= {"best": stage.best, "link": stage.link, "step": stage.best_step, "steps": stage.i}
+                for name, value in (("psnr", stages[-1]["curve"][-1]), ("believed", stage.value)):
+                    curves[name].append(value)
+                progress((copy + (stage.k + stage.i / self.steps) / len(self.ratios)) / self.copies, self.task)
+                began = time.perf_counter()
+            outcomes.append((stage.image, math.nan) if self.leak else (stage.blended, stage.expected))
+        delivered = sum(image for image, _ in outcomes) / self.copies                                    # R(mean) = mean R − spread
+        spread = sum((image - delivered).square().mean().item() for image, _ in outcomes) / self.copies
+        expected = sum(risk for _, risk in outcomes) / self.copies - spread
+        pictures = {"measured": y, "delivered": delivered, "last": stage.image, "clean": clean}
+        for k, found in enumerate(stages):
+            best, link = found.pop("best"), found.pop("link")
+            target = link.q.clamp(0, 1)
+            found |= {"gap": max(found["curve"]) - found["curve"][found["step"] - 1], "delivered": found["curve"][found["step"] - 1],
+                      "own_psnr": metrics.psnr(best, target).item(), "own_ssim": metrics.ssim(best, target).item(), "ssim": score(best.cpu(), clean.cpu())["ssim"],
+                      "curve": torch.tensor(found["curve"])}
+            pictures |= {f"target {k}": link.q, f"stage {k}": best}
+        return {"stages": stages, "curves": {k: torch.tensor(v) for k, v in curves.items()}, "expected": 10 * math.log10(1 / max(expected, 1e-6)),
+                "pictures": {n: to_bytes(p) for n, p in pictures.items()}, "seconds": seconds, "sigma": sigma} | score(delivered.cpu(), clean.cpu())
+
+    def penalty(self, y: Tensor, sigma: float):
+        """A perceptual term: features of the photo model's first layers, of the image and of y, at y's own noise level. An adversarial
+        term: a small critic, taught on the way to tell training photos from DIP's images, and DIP to please it."""
+        if self.extra == "perceptual":
+            network, (schedule, _) = self.model.network(), self.model.parts()
+            network.load_state_dict(self.model.result()["ema"][1.0])
+            t = torch.tensor([ddpm.step_of(schedule, sigma)], device=DEVICE)
+            emb, scale = network.embed(ddpm.time_features(t, network.embed[0].in_features)).detach(), ddpm.at(schedule.alpha_bar.sqrt(), t, y.to(DEVICE))
+
+            def features(image):
+                return network.down[0](network.enter(scale * ddpm.to_diffusion(image)), emb)
+            target = features(y.to(DEVICE)).detach()
+            unit = sigma ** 2 / target.var().item()
+            return lambda image, i: 0.3 * unit * nn.functional.mse_loss(features(image), target)
+        if self.extra == "adversarial":
+            torch.manual_seed(self.seed)
+            critic = nn.Sequential(nn.Conv2d(3, 32, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(32, 64, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(64, 1, 3)).to(DEVICE)
+            optimiser, generator = torch.optim.Adam(critic.parameters(), 1e-3, (0.5, 0.9)), self.generator("critic")
+
+            def penalty(image, i):
+                real = photo_patches(training_photos(), generator, 1).to(DEVICE)
+                loss = nn.functional.softplus(-critic(real)).mean() + nn.functional.softplus(critic(image.detach())).mean()
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                return 0.01 * sigma ** 2 * nn.functional.softplus(-critic(image)).mean()
+            return penalty
+
+
 # ------------------------------------------------------------------------------------------------ experiments
 
 class Scale(NamedTuple):
@@ -949,7 +1091,180 @@ class DIP:
         return figure
 
 
-EXPERIMENTS = {"ddpm": DDPM, "dip": DIP}
+def by_photo(values: dict) -> dict:
+    """{(…, photo, seed): number} → interval over photos, seeds averaged first."""
+    of = {}
+    for (*_, view, _), value in values.items():
+        of.setdefault(view, []).append(value)
+    return interval(np.mean(v) for v in of.values())
+
+
+def spread(values) -> dict:
+    """The tail of a list of gaps in dB."""
+    values = list(values)
+    return {"median": float(np.median(values)), "p90": float(np.quantile(values, 0.9)), "worst": max(values), "runs": len(values),
+            "failures": float(np.mean([v > 1 for v in values]))}
+
+
+class Stop:
+    """Can noise stages tell DIP when to stop?"""
+
+    TASKS = ("denoise15", "denoise25", "denoise50")
+
+    def __init__(self, scale: Scale):
+        self.scale, fit = scale, scale.fit
+        keys = [(task, view, seed) for task in self.TASKS for view in views(scale.test) for seed in range(min(2, scale.seeds) if task == "denoise25" else 1)]
+        self.main = {(task, view, seed): Staged(view, task, round(1.16 * fit[task]), seed=seed) for task, view, seed in keys}
+        self.plain = {k: DIP(scale).main[k] for k in keys}
+        self.twin = {view: Fit(view, "denoise25", fit["denoise25"], start=1) for view in views(scale.test)}
+        four, slow = (2.0, 1.0, 0.5, 0.25), {"mirrored": False, "warm": True}
+        photos = Train("photos", scale.photos)
+        changes = {
+            "as chosen: one mirrored pair, S = σ/4": {},
+            "S = σ/50 (Monte-Carlo SURE)": {"ratios": (0.02,)}, "S = σ/10": {"ratios": (0.1,)}, "S = σ/2": {"ratios": (0.5,)}, "S = σ": {"ratios": (1.0,)},
+            "S = 2σ": {"ratios": (2.0,)}, "two pairs, S = σ, σ/4": {"ratios": (1.0, 0.25)}, "four pairs, S = 2σ … σ/4": {"ratios": four},
+            "one network, S = σ/4": {"mirrored": False}, "one network, S = σ/2": {"ratios": (0.5,), "mirrored": False},
+            "calibrate on S = σ/2, refit y": {"ratios": (0.5, 0.0), "mirrored": False}, "no stages, τ = 1": {"ratios": (0.0,), "mirrored": False},
+            "four stages, warm, heavy to light": {"ratios": four, **slow}, "… light to heavy": {"ratios": four[::-1], **slow},
+            "… shuffled": {"ratios": (0.5, 2.0, 0.25, 1.0), **slow}, "… equal steps of S": {"ratios": (2.0, 1.42, 0.83, 0.25), **slow},
+            "… equal steps of t, linear schedule": {"ratios": equal_steps(ddpm.linear, 4), **slow},
+            "… equal steps of t, cosine schedule": {"ratios": equal_steps(ddpm.cosine, 4), **slow},
+            "never stopped": {"patience": 10 ** 6}, "two chains averaged": {"copies": 2},
+            "3 scales": {"widths": (32,) * 3}, "width 16": {"widths": (16,) * 4}, "no skips": {"skip": 0},
+            "σ believed × 0.7": {"belief": 0.7}, "σ believed × 1.3": {"belief": 1.3}, "σ estimated": {"belief": 0.0},
+            "noise cut to [0, 1]": {"noise": "clipped"}, "Poisson noise": {"noise": "poisson"}, "salt-and-pepper noise": {"noise": "salt and pepper"},
+            "perceptual term": {"extra": "perceptual", "model": photos}, "adversarial term": {"extra": "adversarial"},
+            "32 × 32 pixels": {"size": 32}, "128 × 128 pixels": {"size": 128},
+            "LEAK: stages of the clean image": {"ratios": (1.0, 0.5, 0.25, 0.1), "leak": True, "patience": 10 ** 6, "steps": fit["denoise25"] // 4, **slow}}
+        whole = [view for view in views(scale.test) if view.endswith("whole")]
+        self.ablation = {(name, view, 0): Staged(**{"photo": view, "task": "denoise25", "steps": fit["denoise25"], "size": 64} | change)
+                         for name, change in changes.items() for view in whole}
+        self.ablation |= {("Self-diffusion's stages", view, 0): SelfDiffusion(view, "denoise25", fit["denoise25"], size=64) for view in whole}
+        self.small = {(view, 0): Fit(view, "denoise25", fit["denoise25"], size=64) for view in whole}
+
+    @property
+    def runs(self) -> list[Run]:
+        return [*self.main.values(), *self.plain.values(), *self.twin.values(), *self.ablation.values(), *self.small.values()]
+
+    def assemble(self) -> tuple[dict, dict]:
+        plain = {k: DIP.outcome(run.result()) for k, run in self.plain.items()}
+        twin = {v: run.result() for v, run in self.twin.items()}
+        main = {k: self.digest(run.result()) for k, run in self.main.items()}
+        values, rows, versus = {}, [], []
+        for task in self.TASKS:
+            keys = [k for k in main if k[0] == task]
+            def over(number):
+                return by_photo({k: number(k) for k in keys})
+            found = values[task] = {m: over(lambda k: main[k][m]) for m in ("gap", "psnr", "ssim", "expected", "error", "step")} | spread(main[k]["gap"] for k in keys)
+            found |= {"oracle": over(lambda k: plain[k]["oracle"]["psnr"]), "gain": over(lambda k: main[k]["psnr"] - plain[k]["oracle"]["psnr"]),
+                      "within": float(np.mean([abs(main[k]["error"]) < 0.5 for k in keys])),
+                      "cost": over(lambda k: main[k]["seconds"] / (self.plain[k].result()["seconds"] * plain[k]["oracle"]["step"] / self.plain[k].steps))}
+            rows.append([task, "**mirrored pair**", found["runs"], show(found["gap"], 3), *(f"{found[m]:.2f}" for m in ("median", "p90", "worst")),
+                         f"{100 * found['failures']:.0f} %", show(found["psnr"]), "", ""])
+            for rule in ("discrepancy_tuned", "discrepancy", "budget", "wmv", "emv"):
+                gaps, better = over(lambda k: plain[k][rule]["gap"] - main[k]["gap"]), over(lambda k: main[k]["psnr"] - plain[k][rule]["psnr"])
+                tail = spread(plain[k][rule]["gap"] for k in keys)
+                wins = float(np.mean([main[k]["psnr"] > plain[k][rule]["psnr"] for k in keys]))
+                found[rule] = {"gap": over(lambda k: plain[k][rule]["gap"]), "gaps": gaps, "better": better, "wins": wins} | tail
+                rows.append([task, RULES[rule], tail["runs"], show(found[rule]["gap"], 3), *(f"{tail[m]:.2f}" for m in ("median", "p90", "worst")),
+                             f"{100 * tail['failures']:.0f} %", show(over(lambda k: plain[k][rule]["psnr"])), show(better), f"{100 * wins:.0f} %"])
+        keys = [("denoise25", view, 0) for view in twin]
+        for name, label in (("oracle", "*oracle* of each"), ("discrepancy_tuned", RULES["discrepancy_tuned"])):
+            of = {k: score((self.plain[k].result()["pictures"][name] / 255 + twin[k[1]]["pictures"][name] / 255) / 2, twin[k[1]]["pictures"]["clean"] / 255)["psnr"]
+                  for k in keys}
+            values[f"two_{name}"] = {"psnr": by_photo(of), "better": by_photo({k: main[k]["psnr"] - of[k] for k in keys})}
+            versus.append([f"two plain fits averaged, {label}", show(values[f"two_{name}"]["psnr"]), show(values[f"two_{name}"]["better"])])
+        base = {k[1:]: self.digest(run.result()) for k, run in self.ablation.items() if k[0] == next(iter(self.ablation))[0]}
+        reference = {k: DIP.outcome(run.result())["oracle"]["psnr"] for k, run in self.small.items()}
+        ablation = {}
+        for name in dict.fromkeys(k[0] for k in self.ablation):
+            runs = {k: self.digest(run.result()) for k, run in self.ablation.items() if k[0] == name}
+            known = all(math.isfinite(r["error"]) for r in runs.values())
+            ablation[name] = {m: by_photo({k: r[m] for k, r in runs.items()}) for m in ("gap", "psnr", "seconds")} | {
+                "error": by_photo({k: r["error"] for k, r in runs.items()}) if known else None,
+                "gain": by_photo({k: r["psnr"] - reference[k[1:]] for k, r in runs.items()}), "worst": max(r["gap"] for r in runs.values()),
+                "cost": by_photo({k: r["seconds"] / base[k[1:]]["seconds"] for k, r in runs.items()})}
+        tables = {
+            "main": table(["task", "rule", "runs", "mean gap, dB", "median", "P90", "worst", "gap > 1 dB", "delivered, dB", "pair − rule, dB", "pair wins"], rows),
+            "gain": table(["task", "*oracle* of plain DIP, dB", "mirrored pair, dB", "difference", "expected − true, dB", "within 0.5 dB", "time / plain DIP's to its peak"], [
+                [t, show(v["oracle"]), show(v["psnr"]), show(v["gain"]), show(v["error"]), f"{100 * v['within']:.0f} %", show(v["cost"])]
+                for t, v in ((t, values[t]) for t in self.TASKS)]),
+            "control": table(["σ = 25, first seed", "PSNR, dB", "mirrored pair − it, dB"], versus),
+            "ablation": table(["change", "gap, dB", "worst", "delivered, dB", "− *oracle* of plain DIP", "expected − true, dB", "seconds / as chosen"], [
+                [name, show(a["gap"], 3), f"{a['worst']:.2f}", show(a["psnr"]), show(a["gain"]),
+                 show(a["error"]) if a["error"] else "none", f"{a['cost']['mean']:.1f}"] for name, a in ablation.items()]),
+            "stages": table(["stage", "S / σ", "step t of 4000", "delivered at step", "PSNR against its own noisy target", "SSIM against it", "*true* PSNR", "*true* SSIM"], [
+                [k, f"{x['ratio']:.2f}", x["t"], x["step"], f"{x['own_psnr']:.2f}", f"{x['own_ssim']:.3f}", f"{x['delivered']:.2f}", f"{x['ssim']:.3f}"]
+                for k, x in enumerate(self.example().result()["stages"])])}
+        return {"main": values, "ablation": {re.sub(r"\W+", "_", n).strip("_"): a for n, a in ablation.items()}}, tables
+
+    def example(self) -> Staged:
+        return next(run for (name, *_), run in self.ablation.items() if name.startswith("four pairs"))
+
+    @staticmethod
+    def digest(result: dict) -> dict:
+        """What a staged fit delivered, how far its last stage was from the best step of that stage's curve, and whether it knew."""
+        last = result["stages"][-1]
+        return {"psnr": result["psnr"], "ssim": result["ssim"], "gap": last["gap"], "step": last["step"], "expected": result["expected"],
+                "error": result["expected"] - result["psnr"], "seconds": result["seconds"]}
+
+    def figures(self, values: dict) -> dict:
+        return {"meter": self.meter, "gaps": self.gaps, "calibration": self.calibration, "film": self.film}
+
+    def meter(self):
+        figure, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
+        for ax, view in zip(axes, [v for v in views(self.scale.test) if v.endswith("whole")]):
+            result = self.main["denoise25", view, 0].result()
+            steps = range(1, len(result["curves"]["psnr"]) + 1)
+            ax.plot(steps, result["curves"]["psnr"], color="k", label="truth")
+            ax.plot(steps, -10 * result["curves"]["believed"].clamp(min=1e-5).log10(), color="C1", lw=1, label="estimated from the noisy photo alone")
+            ax.axvline(result["stages"][0]["step"], color="C1", ls=":", label="delivered")
+            ax.set(title=view, xlabel="DIP steps", ylim=(max(result["curves"]["psnr"]) - 9, max(result["curves"]["psnr"]) + 1))
+        axes[0].set_ylabel("PSNR of the pair's picture, dB")
+        axes[0].legend(fontsize=8)
+        return figure
+
+    def gaps(self):
+        figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained", sharey=True)
+        for ax, task in zip(axes, self.TASKS):
+            rows = {"mirrored pair": [self.digest(r.result())["gap"] for k, r in self.main.items() if k[0] == task]}
+            rows |= {RULES[rule]: [DIP.outcome(r.result())[rule]["gap"] for k, r in self.plain.items() if k[0] == task]
+                     for rule in ("discrepancy_tuned", "discrepancy", "budget", "wmv", "emv")}
+            for i, gaps in enumerate(rows.values()):
+                ax.plot([i + 0.25 * (j / len(gaps) - 0.5) for j in range(len(gaps))], [max(g, 1e-3) for g in gaps], "o", ms=4, alpha=0.6)
+            ax.set_xticks(range(len(rows)), rows, rotation=30, ha="right", fontsize=8)
+            ax.set(yscale="log", title=task)
+        axes[0].set_ylabel("gap to the oracle of its own curve, dB")
+        return figure
+
+    def calibration(self):
+        figure, ax = plt.subplots(figsize=(4.6, 4.4), layout="constrained")
+        for task in self.TASKS:
+            found = [self.digest(r.result()) for k, r in self.main.items() if k[0] == task]
+            ax.plot([f["expected"] for f in found], [f["psnr"] for f in found], "o", ms=5, alpha=0.7, label=task)
+        low, high = ax.get_xlim()
+        ax.plot([low, high], [low, high], "k-", lw=1)
+        ax.fill_between([low, high], [low - 0.5, high - 0.5], [low + 0.5, high + 0.5], color="0.9", label="± 0.5 dB")
+        ax.set(xlabel="expected PSNR (from the noisy photo alone), dB", ylabel="true PSNR, dB")
+        ax.legend()
+        return figure
+
+    def film(self):
+        result = self.example().result()
+        columns = [[(result["pictures"][f"target {k}"], f"target, S = {x['ratio']:.2f} σ"), (result["pictures"][f"stage {k}"], f"stage {k}: {x['delivered']:.2f} dB")]
+                   for k, x in enumerate(result["stages"])]
+        return panels(columns + [[(result["pictures"]["measured"], "measured"), (result["pictures"]["delivered"], f"blended: {result['psnr']:.2f} dB")],
+                                 [(result["pictures"]["clean"], "truth")] * 2], transpose=True)
+
+
+def equal_steps(make, n: int, sigma: float = 25 / 255, high: float = 2.0, low: float = 0.25) -> tuple:
+    """S / σ of n stages from `high` to `low` that are equally many steps of a schedule apart."""
+    s = make(4000)
+    ends = [ddpm.step_of(s, sigma * math.hypot(1, r)) for r in (high, low)]
+    return tuple(round(math.sqrt(ddpm.noise_level(s)[round(t)].item() ** 2 / sigma ** 2 - 1), 2) for t in np.linspace(*ends, n))
+
+
+EXPERIMENTS = {"ddpm": DDPM, "dip": DIP, "stop": Stop}
 
 
 # ---------------------------------------------------------------------------------------------------- figures
@@ -1229,8 +1544,10 @@ def restore(image: str, task: str, method: str = "dip", sigma: str = "", mask: s
     """Restore a photo from a file; writes the result and a before/after picture beside it."""
     if task not in ("denoise", "inpaint", "superres"):
         raise Refusal(f"unknown task {task!r}: choose denoise, inpaint or superres")
-    if method not in ("dip", "ddpm"):
-        raise Refusal(f"unknown method {method!r}: choose dip or ddpm")
+    if method not in ("dip", "ddpm", "staged"):
+        raise Refusal(f"unknown method {method!r}: choose dip, ddpm or staged")
+    if method == "staged" and task != "denoise":
+        raise Refusal("METHOD=staged judges itself by the noise it adds to a noisy photo, so it denoises only: choose TASK=denoise, or METHOD=dip or ddpm")
     y = read_image(image).to(DEVICE)
     target = Path(out) if out else Path(image).with_name(f"{Path(image).stem}-restored.png")
     if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or not target.parent.is_dir():
@@ -1262,6 +1579,8 @@ def restore(image: str, task: str, method: str = "dip", sigma: str = "", mask: s
     began = time.perf_counter()
     if method == "dip":
         estimate = restore_dip(y, operator, task, shape, steps)
+    elif method == "staged":
+        estimate = restore_staged(y, level, steps)
     else:
         estimate = restore_ddpm(y, operator, task, level, shape, steps, model)
     if task == "inpaint":
@@ -1291,14 +1610,13 @@ def save_picture(x: Tensor, path: Path) -> None:
 def restore_dip(y, operator, task, shape, steps) -> Tensor:
     """DIP, stopped by held-out measurements: of all rules here the one that needs neither the truth nor the noise level."""
     steps, generator = steps or 2000, torch.Generator().manual_seed(0)
-    height, width = (16 * max(2, -(-side // 16)) for side in shape)
-    net, z = fresh_dip(generator, (height, width), c_out=y.shape[1])
+    net, z = cropped_dip(generator, shape, y.shape[1])
     unseen = (torch.rand(1, 1, *y.shape[-2:], generator=generator) < 0.05).float().to(DEVICE)
     unseen = unseen * operator.A(torch.ones_like(operator.pinv(y)))[:, :1]                          # only what was measured
 
     def seen(x):
-        return operator.A(x[..., :shape[0], :shape[1]]) * (1 - unseen)
-    rule = dip.HeldOut(y, lambda x: operator.A(x[..., :shape[0], :shape[1]]), unseen)
+        return operator.A(x) * (1 - unseen)
+    rule = dip.HeldOut(y, operator.A, unseen)
     bar = tqdm(total=steps, desc=f"DIP, {task}")
     for step in dip.fit(y * (1 - unseen), seen, net, z, steps, generator, amp=AMP):
         stop = rule(step)
@@ -1309,7 +1627,28 @@ def restore_dip(y, operator, task, shape, steps) -> Tensor:
             bar.set_postfix_str(f"stopped, best at step {rule.best}")
             break
     bar.close()
-    return best[..., :shape[0], :shape[1]]
+    return best
+
+
+def cropped_dip(generator: torch.Generator, shape, channels: int) -> tuple[dip.Hourglass, Tensor]:
+    """A new hourglass whose pictures have any shape: it works on the next multiples of 16 and cuts."""
+    net, z = fresh_dip(generator, [16 * max(2, -(-side // 16)) for side in shape], c_out=channels)
+    net.register_forward_hook(lambda module, inputs, image: image[..., :shape[0], :shape[1]])
+    return net, z
+
+
+def restore_staged(y, level, steps) -> Tensor:
+    """Hybrid I: a mirrored pair of fits at S = σ/4, which says when it stopped and how good it believes to be."""
+    steps, generator, s = steps or 2000, torch.Generator().manual_seed(0), ddpm.cosine(4000)
+    chain = hybrid.noising_chain(y, level, s, [ddpm.step_of(s, level * math.hypot(1, 0.25))], generator)
+    bar = tqdm(total=steps, desc="DIP, mirrored pair")
+    for stage in hybrid.staged_fit(y, level, chain, lambda: cropped_dip(generator, y.shape[-2:], y.shape[1]), steps, generator, amp=AMP):
+        expected = -10 * math.log10(max(stage.expected, 1e-6))
+        bar.set_postfix_str(f"expected PSNR {expected:.1f} dB", refresh=False)
+        bar.update()
+    bar.close()
+    print(f"stopped after {stage.i} steps, least estimated error at step {stage.best_step}: expected PSNR {expected:.1f} dB")
+    return stage.blended
 
 
 def restore_ddpm(y, operator, task, level, shape, steps, model) -> Tensor:

@@ -47,7 +47,7 @@ def noising_chain(y: Tensor, sigma: float, s: ddpm.Schedule, ts: Sequence[int], 
 
 
 def complement(y: Tensor, sigma: float, link: Link) -> Tensor:
-    """c = y − (σ²/S²)(q − y): given x, independent of q and of every later link (REPORT, section 1.4)."""
+    """c = y − (σ²/S²)(q − y): given x, independent of q and of every later link (one link: Pang et al. 2021; REPORT, section 1.4)."""
     return y - (sigma / link.S) ** 2 * (link.q - y)
 
 
@@ -64,9 +64,9 @@ def mirror(y: Tensor, link: Link) -> Link:
 def pair_risk(f: Tensor, g: Tensor, y: Tensor, sigma: float, link: Link) -> float:
     """Unbiased for the squared error of (f + g)/2, where f was made of the link and g of its mirror.
 
-    The parallelogram law, ‖(a+b)/2‖² = ‖a‖²/2 + ‖b‖²/2 − ‖a−b‖²/4, on the two errors. Multiplied out it is SURE (Stein 1981) with
-    the divergence as a central difference of step S, and exact for any S. The last term has mean zero and takes away noise
-    that all steps share.
+    By the parallelogram law on the two errors, ‖(a+b)/2‖² = ‖a‖²/2 + ‖b‖²/2 − ‖a−b‖²/4. Multiplied out it is SURE (Stein 1981) with
+    the divergence as a central difference of step S, but unbiased for any S: the two-fold case of antithetic Gaussian
+    randomisation (Liu, Panigrahi & Soloff 2024). The last term has mean zero and takes away noise that all steps share.
     """
     halves = risk(f, y, sigma, link) / 2 + risk(g, y, sigma, mirror(y, link)) / 2
     shared = (sigma / link.S) ** 4 * ((link.q - y).square().mean().item() - link.S ** 2)
@@ -103,7 +103,7 @@ class Stage(NamedTuple):
 
 
 def staged_fit(y: Tensor, sigma: float, chain: Sequence[Link], fresh: Callable[[], tuple[nn.Module, Tensor]], steps: int,
-               generator: torch.Generator, *, mirrored: bool = True, warm: bool = False, patience: int = 60, **options) -> Iterator[Stage]:
+               generator: torch.Generator, *, mirrored: bool = True, warm: bool = False, patience: int = 30, **options) -> Iterator[Stage]:
     """DIP on the states of a noising chain, in the order given, each stopped by its own error meter; at most `steps` a stage.
 
     Give the noisiest link first, as the reverse process does: then every meter is honest, also with `warm`. fresh() gives a new network and its input. mirrored: fit a second network to the link with the opposite noise, in step with the

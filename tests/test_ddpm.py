@@ -276,20 +276,35 @@ def test_the_average_leaves_buffers_alone():
     assert ema.num_batches_tracked == 7 and not list(ddpm.UNet(1, (8, 16)).buffers())
 
 
+class Spy(nn.Module):
+    """Remembers the steps that training asks for."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.seen = nn.Parameter(torch.zeros(1)), []
+
+    def forward(self, xt, t):
+        self.seen.extend(t.tolist())
+        return self.w * xt
+
+
 def test_training_stays_below_t_max_and_covers_it():
-    seen = []
-
-    class Spy(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.w = nn.Parameter(torch.zeros(1))
-
-        def forward(self, xt, t):
-            seen.extend(t.tolist())
-            return self.w * xt
-    for _ in ddpm.train(Spy(), ddpm.cosine(100), lambda g: torch.rand(16, 1, 4, 4, generator=g), ddpm.eps_head, 40, generator(), t_max=10):
+    spy = Spy()
+    for _ in ddpm.train(spy, ddpm.cosine(100), lambda g: torch.rand(16, 1, 4, 4, generator=g), ddpm.eps_head, 40, generator(), t_max=10):
         pass
-    assert set(seen) == set(range(1, 11))
+    assert set(spy.seen) == set(range(1, 11))
+
+
+def test_logit_normal_steps_have_their_quantiles():
+    """log(u / (1 − u)) is normal: the median and the ±1 σ quantiles of the steps that training asks for."""
+    spy, mean, std = Spy(), -0.5, 0.8
+    for _ in ddpm.train(spy, ddpm.cosine(1000), lambda g: torch.rand(100, 1, 1, 1, generator=g), ddpm.eps_head, 100, generator(),
+                        place=ddpm.logit_normal(mean, std)):
+        pass
+    share = torch.tensor(spy.seen) / 1000
+    for z, below in ((-1, 0.1587), (0, 0.5), (1, 0.8413)):
+        assert (share.double() <= 1 / (1 + math.exp(-(mean + z * std)))).double().mean().item() == pytest.approx(below, abs=0.01)
+    assert torch.equal(ddpm.evenly(share), share)
 
 
 @pytest.mark.parametrize("head", [ddpm.eps_head, ddpm.v_head])
