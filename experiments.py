@@ -658,6 +658,17 @@ def corrupt(clean: Tensor, noise: str, sigma: float, generator: torch.Generator)
     return y.clamp(0, 1) if noise == "clipped" else y
 
 
+@functools.cache
+def fine_cosine() -> ddpm.Schedule:
+    """The cosine schedule cut finely: a stage with S = σ/50 is not a whole step of 1,000."""
+    return ddpm.cosine(100_000)
+
+
+def noisier(y: Tensor, sigma: float, ratios, generator: torch.Generator) -> list[hybrid.Link]:
+    """The states of the cosine schedule's process that continue y to S = ratio · σ, for rising ratios."""
+    return hybrid.noising_chain(y, sigma, fine_cosine(), [ddpm.step_of(fine_cosine(), sigma * math.hypot(1, r)) for r in ratios], generator)
+
+
 @dataclass(frozen=True)
 class SelfDiffusion(Run):
     """Stages in the manner of Self-diffusion (2510.21417): the network's input is its last picture plus ever less noise, the target always y."""
@@ -711,10 +722,10 @@ class Staged(Run):
     cost = property(lambda self: self.copies * len(self.ratios) * (1 + self.mirrored) * self.steps * 0.037 * (self.size / 96) ** 2)
 
     def chain(self, y: Tensor, sigma: float, generator: torch.Generator) -> list[hybrid.Link]:
-        """The links in the order of `ratios`; steps are those of the cosine schedule, finely divided."""
-        s, rising = ddpm.cosine(4000), sorted(r for r in self.ratios if r)
-        links = dict(zip(rising, hybrid.noising_chain(y, sigma, s, [ddpm.step_of(s, sigma * math.hypot(1, r)) for r in rising], generator)))
-        return [links.get(r, hybrid.Link(ddpm.step_of(s, sigma), 0.0, y)) for r in self.ratios]
+        """The links in the order of `ratios`."""
+        rising = sorted(r for r in self.ratios if r)
+        links = dict(zip(rising, noisier(y, sigma, rising, generator)))
+        return [links.get(r, hybrid.Link(ddpm.step_of(fine_cosine(), sigma), 0.0, y)) for r in self.ratios]
 
     def execute(self, progress) -> dict:
         clean, generator, true = photo_named(self.photo, self.size), self.generator(f"{self.photo}/{self.task}"), TASKS[self.task] / 255
@@ -733,7 +744,7 @@ class Staged(Run):
                                            patience=self.patience, penalty=penalty, amp=AMP):
                 seconds += time.perf_counter() - began
                 if stage.i == 1:
-                    stages.append({"ratio": stage.link.S / sigma, "t": stage.link.t, "curve": []})
+                    stages.append({"ratio": stage.link.S / sigma, "t": stage.link.t / fine_cosine().T, "curve": []})
                 stages[-1]["curve"].append(metrics.psnr(stage.image, clean).item())
                 stages[-1] |= {"best": stage.best, "link": stage.link, "step": stage.best_step, "steps": stage.i}
                 for name, value in (("psnr", stages[-1]["curve"][-1]), ("believed", stage.value)):
@@ -1193,8 +1204,8 @@ class Stop:
             "ablation": table(["change", "gap, dB", "worst", "delivered, dB", "− *oracle* of plain DIP", "expected − true, dB", "seconds / as chosen"], [
                 [name, show(a["gap"], 3), f"{a['worst']:.2f}", show(a["psnr"]), show(a["gain"]),
                  show(a["error"]) if a["error"] else "none", f"{a['cost']['mean']:.1f}"] for name, a in ablation.items()]),
-            "stages": table(["stage", "S / σ", "step t of 4000", "delivered at step", "PSNR against its own noisy target", "SSIM against it", "*true* PSNR", "*true* SSIM"], [
-                [k, f"{x['ratio']:.2f}", x["t"], x["step"], f"{x['own_psnr']:.2f}", f"{x['own_ssim']:.3f}", f"{x['delivered']:.2f}", f"{x['ssim']:.3f}"]
+            "stages": table(["stage", "S / σ", "t / T", "delivered at step", "PSNR against its own noisy target", "SSIM against it", "*true* PSNR", "*true* SSIM"], [
+                [k, f"{x['ratio']:.2f}", f"{x['t']:.4f}", x["step"], f"{x['own_psnr']:.2f}", f"{x['own_ssim']:.3f}", f"{x['delivered']:.2f}", f"{x['ssim']:.3f}"]
                 for k, x in enumerate(self.example().result()["stages"])])}
         return {"main": values, "ablation": {re.sub(r"\W+", "_", n).strip("_"): a for n, a in ablation.items()}}, tables
 
@@ -1533,7 +1544,7 @@ def train(images: str, out: str = "", train_steps: int = 0) -> None:
     target = Path(out or "samples.png")
     if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or not target.parent.is_dir():
         raise Refusal(f"cannot write {target}: OUT needs an existing folder and the ending .png, .jpg or .webp")
-    samples = SamplePhotos(folder_model(images, train_steps), steps=50)
+    samples = SamplePhotos(folder_model(images, train_steps), steps=20)
     execute([samples], 1)
     save_figure(sheet(samples.result()["images"], 4), target)
     print(f"{path_name(target)} written; restore with METHOD=ddpm IMAGES={images}" + (f" TRAIN_STEPS={train_steps}" if train_steps else ""))
@@ -1639,8 +1650,9 @@ def cropped_dip(generator: torch.Generator, shape, channels: int) -> tuple[dip.H
 
 def restore_staged(y, level, steps) -> Tensor:
     """Hybrid I: a mirrored pair of fits at S = σ/4, which says when it stopped and how good it believes to be."""
-    steps, generator, s = steps or 2000, torch.Generator().manual_seed(0), ddpm.cosine(4000)
-    chain = hybrid.noising_chain(y, level, s, [ddpm.step_of(s, level * math.hypot(1, 0.25))], generator)
+    seed = int.from_bytes(hashlib.sha256(y.cpu().numpy().tobytes()).digest()[:7], "little")      # never that of noise added by hand
+    steps, generator = steps or 2000, torch.Generator().manual_seed(seed)
+    chain = noisier(y, level, [0.25], generator)
     bar = tqdm(total=steps, desc="DIP, mirrored pair")
     for stage in hybrid.staged_fit(y, level, chain, lambda: cropped_dip(generator, y.shape[-2:], y.shape[1]), steps, generator, amp=AMP):
         expected = -10 * math.log10(max(stage.expected, 1e-6))

@@ -106,11 +106,12 @@ def staged_fit(y: Tensor, sigma: float, chain: Sequence[Link], fresh: Callable[[
                generator: torch.Generator, *, mirrored: bool = True, warm: bool = False, patience: int = 30, **options) -> Iterator[Stage]:
     """DIP on the states of a noising chain, in the order given, each stopped by its own error meter; at most `steps` a stage.
 
-    Give the noisiest link first, as the reverse process does: then every meter is honest, also with `warm`. fresh() gives a new network and its input. mirrored: fit a second network to the link with the opposite noise, in step with the
-    first, and deliver their mean; otherwise one network per stage. warm: go on with the networks of the stage before. A stage
-    ends `patience` steps after its least estimated risk. A link with S = 0 is plain DIP on y, where no complement exists: it
-    stops when its misfit has fallen to the fraction of the noise that was left at the best step of the stage before (to
-    σ² itself if there was none), and counts for 0.7 in the blend. `options` go to dip.fit.
+    Give the noisiest link first, as the reverse process does: then every meter is honest, also with `warm`. fresh() gives a
+    new network and its input. mirrored: fit a second network to the link with the opposite noise, in step with the first, and
+    deliver their mean; otherwise one network per stage. warm: go on with the networks of the stage before. A stage ends
+    `patience` steps after its least estimated risk. A link with S = 0 is plain DIP on y, where no complement exists: it stops
+    when its misfit has fallen to the fraction of the noise that was left at the best step of the stage before (to σ² itself
+    if there was none), and counts for 0.7 in the blend. `options` go to dip.fit.
     """
     nets, fraction, blended, expected = [], 1.0, None, math.nan
     for k, link in enumerate(chain):

@@ -1,5 +1,6 @@
 """Data, the two stores, the report's holes and claims, and the restore command."""
 import json
+import math
 import os
 import re
 import shutil
@@ -343,6 +344,7 @@ def test_refusals_are_one_sentence(tmp_path):
              (dict(image=str(tmp_path / "empty.jpg"), task="denoise"), "cannot be read"), (dict(image=str(tmp_path / "cut.png"), task="denoise"), "cannot be read"),
              (dict(image=str(tmp_path / "nan.tiff"), task="denoise"), "not numbers"), (dict(image=small, task="denoise"), "sides of at least"),
              (dict(image=good, task="sharpen"), "unknown task"), (dict(image=good, task="denoise", method="magic"), "unknown method"),
+             (dict(image=good, task="superres", method="staged"), "denoises only"), (dict(image=good, task="denoise", method="ddpm", images=str(tmp_path / "none")), "not a folder"),
              (dict(image=good, task="denoise", sigma="loud"), "SIGMA=loud"), (dict(image=good, task="denoise", sigma="nan"), "SIGMA=nan"),
              (dict(image=good, task="denoise", sigma="-3"), "SIGMA=-3"), (dict(image=good, task="denoise", sigma="300"), "SIGMA=300"),
              (dict(image=good, task="superres", factor="1"), "FACTOR=1"), (dict(image=good, task="inpaint"), "needs MASK"),
@@ -367,6 +369,61 @@ def test_restoring_brings_a_photo_closer_to_the_truth(tmp_path):
     E.restore(str(path), "denoise", sigma="50", steps=350)
     before, after = E.score(E.read_image(str(path)), x), E.score(E.read_image(str(tmp_path / "y-restored.png")), x)
     assert after["psnr"] > before["psnr"] + 5
+
+
+def test_a_staged_restoration_says_when_it_stopped_and_what_it_expects(tmp_path, capsys):
+    x = E.photo_named("motorcycle_left-right", 96)[..., :45, :61]
+    y = (0.25 + 0.5 * x) + 25 / 255 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    E.save_picture(y, tmp_path / "y.png")
+    E.restore(str(tmp_path / "y.png"), "denoise", method="staged", sigma="25", steps=500)
+    words = re.search(r"stopped after (\d+) steps, least estimated error at step (\d+): expected PSNR ([\d.]+) dB", capsys.readouterr().out)
+    result = E.read_image(str(tmp_path / "y-restored.png"))
+    true = E.score(result, 0.25 + 0.5 * x)["psnr"]
+    assert result.shape == x.shape and int(words[1]) == int(words[2]) + 30 < 500 and abs(float(words[3]) - true) < 1.5
+    assert true > E.score(E.read_image(str(tmp_path / "y.png")), 0.25 + 0.5 * x)["psnr"] + 5
+
+
+def test_a_model_is_trained_on_a_folder_and_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(E, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(E, "execute", lambda runs, jobs: [E.write(r.path, lambda p, r=r: torch.save(r.execute(lambda *a: None), p)) for r in
+                                                          (*runs[0].needs, runs[0]) if not r.path.exists()])
+    folder = tmp_path / "my photos"
+    folder.mkdir()
+    with pytest.raises(E.Refusal, match="not a folder with images"):
+        E.train(str(folder))
+    save(folder / "small.png", noisy(20, 20))
+    with pytest.raises(E.Refusal, match="at least 64"):
+        E.train(str(folder))
+    save(folder / "a.png", noisy(70, 130)), save(folder / "b.jpg", noisy(64, 64, 1))
+    E.training_photos.cache_clear()
+    assert [tuple(x.shape) for x in E.training_photos(str(folder))] == [(3, 70, 130), (3, 64, 64)]
+    E.train(str(folder), out=str(tmp_path / "samples.png"), train_steps=2)
+    assert Image.open(tmp_path / "samples.png").size[0] > 200
+    E.restore(save(tmp_path / "x.png", noisy()), "denoise", method="ddpm", images=str(folder), train_steps=2)
+    assert (tmp_path / "x-restored.png").exists() and len(list((tmp_path / "cache").glob("Train-*.pt"))) == 1
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "clipped", "poisson", "salt and pepper"])
+def test_every_noise_has_the_mean_square_it_claims(noise):
+    clean = 0.2 + 0.6 * torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    y = E.corrupt(clean, noise, 0.1, torch.Generator().manual_seed(1))
+    assert (y - clean).square().mean().sqrt().item() == pytest.approx(0.1, rel=0.03) and abs((y - clean).mean().item()) < 0.01
+
+
+def test_a_staged_run_measures_the_noise_of_its_plain_twin():
+    """Same photo, task and seed: the same noisy photo as in the plain fit; and the delivered pictures do not depend on the scores."""
+    staged, plain = E.Staged("coffee-left", "denoise25", 8, ratios=(0.5, 0.25), widths=(4, 4), size=32), E.Fit("coffee-left", "denoise25", 2, widths=(4, 4), size=32)
+    seen = staged.execute(lambda *a: None)
+    assert (seen["pictures"]["measured"] == plain.execute(lambda *a: None)["pictures"]["measured"]).all()
+    assert [s["ratio"] for s in seen["stages"]] == pytest.approx([0.5, 0.25], rel=0.02) and len(seen["curves"]["psnr"]) == 16
+    twice = E.Staged("coffee-left", "denoise25", 8, ratios=(0.25,), copies=2, widths=(4, 4), size=32).execute(lambda *a: None)
+    assert len(twice["stages"]) == 2 and math.isfinite(twice["expected"])
+
+
+def test_equal_steps_run_from_heavy_to_light():
+    for make in (E.ddpm.linear, E.ddpm.cosine):
+        ratios = E.equal_steps(make, 4)
+        assert len(ratios) == 4 and list(ratios) == sorted(ratios, reverse=True) and ratios[0] == pytest.approx(2, rel=0.05) and ratios[-1] == pytest.approx(0.25, rel=0.1)
 
 
 def test_results_on_disk_carry_their_settings():

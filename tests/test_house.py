@@ -9,6 +9,7 @@ import pytest
 import ddpm
 import dip
 import experiments
+import hybrid
 import metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,8 +66,19 @@ def test_what_a_rule_chooses_does_not_depend_on_the_scores(monkeypatch):
         assert (seen["pictures"][name] == blind["pictures"][name]).all()
 
 
+def test_what_the_stages_deliver_does_not_depend_on_the_scores(monkeypatch):
+    run = experiments.Staged("coffee-left", "denoise25", 8, ratios=(1.0, 0.25), widths=(4, 4), size=32)
+    seen = run.execute(lambda *a: None)
+    monkeypatch.setattr(metrics, "psnr", lambda x, y, peak=1.0: 0 * x.mean((1, 2, 3)))
+    monkeypatch.setattr(metrics, "ssim", lambda x, y, peak=1.0: 0 * x.mean((1, 2, 3)))
+    blind = run.execute(lambda *a: None)
+    assert blind["psnr"] == 0 < seen["psnr"] and seen["expected"] == blind["expected"] and seen["sigma"] == blind["sigma"]
+    assert [s["step"] for s in seen["stages"]] == [s["step"] for s in blind["stages"]]
+    assert all((picture == blind["pictures"][name]).all() for name, picture in seen["pictures"].items())
+
+
 def test_loops_are_generators():
-    assert all(map(inspect.isgeneratorfunction, (ddpm.train, ddpm.p_sample, ddpm.ddim, dip.fit)))
+    assert all(map(inspect.isgeneratorfunction, (ddpm.train, ddpm.p_sample, ddpm.ddim, dip.fit, hybrid.staged_fit)))
 
 
 def test_experiments_are_data():
