@@ -117,7 +117,7 @@ def test_real_cats_examined_as_samples_are_the_floor():
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
     """A copy of the source that can be edited, and the keys of two runs as they follow from it."""
-    for name in ("metrics", "ddpm", "dip", "experiments"):
+    for name in ("metrics", "ddpm", "dip", "hybrid", "experiments"):
         shutil.copy(ROOT / f"{name}.py", tmp_path)
     monkeypatch.setattr(E, "ROOT", tmp_path)
 
@@ -169,7 +169,7 @@ def test_writes_are_whole_or_not_at_all(tmp_path):
 
 
 def test_killed_work_is_resumed_and_finished_work_is_left_alone(tmp_path):
-    for name in ("metrics", "ddpm", "dip", "experiments"):
+    for name in ("metrics", "ddpm", "dip", "hybrid", "experiments"):
         shutil.copy(ROOT / f"{name}.py", tmp_path)
     script = tmp_path / "work.py"
     script.write_text("import experiments as E\nif __name__ == '__main__':\n"
