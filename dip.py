@@ -114,7 +114,8 @@ def fit(y: Tensor, A: Callable[[Tensor], Tensor], net: nn.Module, z: Tensor, ste
         penalty: Optional[Callable[[Tensor, int], Tensor]] = None, amp: Optional[torch.dtype] = None) -> Iterator[Step]:
     """min_θ mean (A f_θ(z) − y)² + penalty by Adam; yields after each of `steps` updates. The network is changed in place.
 
-    jitter: standard deviation of fresh noise added to z at every step. average: decay of the running average of the images.
+    jitter: standard deviation of fresh noise added to z at every step. average: decay of the running average of the images,
+    corrected for its short past as in Adam (Kingma & Ba 2015, Algorithm 1): else the first image would weigh average^i for long.
     collapse: Adam at this rate sometimes falls off a cliff; where the misfit jumps to more than `collapse` times its
     recent typical value, the weights from up to 50 steps before are restored, with a fresh optimiser. penalty(image, i): a
     further term of the loss, a scalar.
@@ -137,7 +138,7 @@ def fit(y: Tensor, A: Callable[[Tensor], Tensor], net: nn.Module, z: Tensor, ste
             optimiser.zero_grad()
             (misfit if penalty is None else misfit + penalty(image, i)).backward()
             optimiser.step()
-            mean = image.detach() if mean is None else torch.lerp(image.detach(), mean, average)
+            mean = image.detach() if mean is None else torch.lerp(mean, image.detach(), (1 - average) / (1 - average ** i))
         yield Step(i, image.detach(), mean, value)
 
 

@@ -621,7 +621,7 @@ class Fit(Run):
         generator = self.generator(f"{self.photo}/{self.task}/start {self.start}")
         network, z = fresh_dip(generator, clean.shape[-2:], widths=self.widths, skip=self.skip, upsample=self.upsample, padding=self.padding)
         rules, stopped, pictures = self.rules(y, operator, unseen), {}, {"measured": operator.pinv(y)}
-        curves, seconds, began = {"psnr": [], "average_psnr": [], "misfit": []}, 0.0, time.perf_counter()
+        curves, snapshots, seconds, began = {"psnr": [], "average_psnr": [], "misfit": [], "held_out": []}, {}, 0.0, time.perf_counter()
         for step in dip.fit(y * (1 - unseen), lambda x: operator.A(x) * (1 - unseen), network, z, self.steps, generator,
                             jitter=self.jitter, amp=AMP):
             seconds += time.perf_counter() - began
@@ -633,13 +633,16 @@ class Fit(Run):
             curves["psnr"].append(metrics.psnr(step.image, clean).item())
             curves["average_psnr"].append(metrics.psnr(step.average, clean).item())
             curves["misfit"].append(step.misfit)
+            curves["held_out"].append(((operator.A(step.average) - y).square() * unseen).sum().item() / max(1.0, unseen.expand_as(y).sum().item()))
+            if step.i in SNAPSHOTS:
+                snapshots[step.i] = step.average.cpu().half()
             if step.i == 1 or curves["average_psnr"][-1] >= max(curves["average_psnr"]):
                 pictures["oracle"] = step.average
             progress(step.i / self.steps, self.task)
             began = time.perf_counter()
         pictures["last"] = step.average
         return {"curves": {k: torch.tensor(v) for k, v in curves.items()}, "best": {n: r.best for n, r in rules.items()},
-                "stopped": stopped, "pictures": {n: to_bytes(p) for n, p in pictures.items()} | {"clean": to_bytes(clean)},
+                "stopped": stopped, "snapshots": snapshots, "pictures": {n: to_bytes(p) for n, p in pictures.items()} | {"clean": to_bytes(clean)},
                 "seconds": seconds, "parameters": sum(p.numel() for p in network.parameters())}
 
 
@@ -667,6 +670,34 @@ def fine_cosine() -> ddpm.Schedule:
 def noisier(y: Tensor, sigma: float, ratios, generator: torch.Generator) -> list[hybrid.Link]:
     """The states of the cosine schedule's process that continue y to S = ratio · σ, for rising ratios."""
     return hybrid.noising_chain(y, sigma, fine_cosine(), [ddpm.step_of(fine_cosine(), sigma * math.hypot(1, r)) for r in ratios], generator)
+
+
+@dataclass(frozen=True)
+class SelfDiffusion(Run):
+    """Stages in the manner of Self-diffusion (2510.21417): the network's input is its last picture plus ever less noise, the target always y."""
+    photo: str
+    task: str
+    steps: int
+    levels: int = 20
+    size: int = 96
+    seed: int = 0
+    label = property(lambda self: f"self-diffusion of {self.photo}")
+    cost = property(lambda self: self.steps * 0.037 * (self.size / 96) ** 2)
+
+    def execute(self, progress) -> dict:
+        clean, generator, sigma = photo_named(self.photo, self.size), self.generator(f"{self.photo}/{self.task}"), TASKS[self.task] / 255
+        y = corrupt(clean, "gaussian", sigma, generator).to(DEVICE)
+        network, _ = fresh_dip(generator, y.shape[-2:], c_in=3)
+        x, curve, began = torch.zeros_like(y), [], time.perf_counter()
+        for k in range(self.levels):
+            z = x + (1 - k / self.levels) * torch.randn(y.shape, generator=generator).to(DEVICE)
+            for step in dip.fit(y, lambda image: image, network, z, max(1, self.steps // self.levels), generator, jitter=0.0, amp=AMP):
+                pass
+            x = step.image
+            curve.append(score(x.cpu(), clean)["psnr"])
+            progress(k / self.levels)
+        return {"stages": [{"gap": max(curve) - curve[-1], "step": len(curve)}], "expected": math.nan,
+                "seconds": time.perf_counter() - began} | score(x.cpu(), clean)
 
 
 @dataclass(frozen=True)
@@ -719,6 +750,8 @@ class Staged(Run):
                     stages.append({"ratio": stage.link.S / sigma, "t": stage.link.t / fine_cosine().T, "curve": []})
                 stages[-1]["curve"].append(metrics.psnr(stage.image, clean).item())
                 stages[-1] |= {"best": stage.best, "link": stage.link, "step": stage.best_step, "steps": stage.i}
+                if stage.best_step == stage.i:
+                    stages[-1]["believed"] = 10 * math.log10(1 / max(stage.value, 1e-6))
                 for name, value in (("psnr", stages[-1]["curve"][-1]), ("believed", stage.value)):
                     curves[name].append(value)
                 progress((copy + (stage.k + stage.i / self.steps) / len(self.ratios)) / self.copies, self.task)
@@ -785,11 +818,12 @@ class Scale(NamedTuple):
 
 SCALES = {
     "full": Scale(2800, 1400, 200, 400, 512, 48, {0: (5, 10, 20, 50, 100), 1: (5, 10, 20, 50, 100, 1000)}, TEST, 3,
-                  {"denoise15": 620, "denoise25": 500, "denoise50": 380, "superres4": 380, "random80": 380, "block": 450}),
+                  {"denoise15": 620, "denoise25": 500, "denoise50": 320, "superres4": 380, "random80": 380, "block": 450}),
     "quick": Scale(24, 12, 8, 60, 64, 4, {0: (5, 10, 20, 50, 100), 1: (5, 10, 20, 50, 100, 1000)}, TEST[:1], 1, dict.fromkeys(TASKS, 24)),
 }
-BUDGET = {"denoise15": 620, "denoise25": 425, "denoise50": 300, "superres4": 380, "random80": 370, "block": 450}
-TAU = 0.875                                            # Morozov's constant, for the running average, on the development photos
+BUDGET = {"denoise15": 620, "denoise25": 425, "denoise50": 225, "superres4": 380, "random80": 300, "block": 450}
+TAU = 0.92                                             # Morozov's constant, for the running average, on the development photos
+SNAPSHOTS = (25, 50, 100, 200, 300)                                                          # steps whose running average is kept
 PLACES = (-0.1, 1.1)                            # training steps of the cats: the middle of the chain, where fur and mouth are decided
 WMV, EMV = (80, 50), (0.05, 50, 50)         # window or weight, patience, first step: rescaled from fits of thousands of steps
 
@@ -1100,10 +1134,34 @@ class Stop:
         self.main = {(task, view, seed): Staged(view, task, round(1.16 * fit[task]), seed=seed) for task, view, seed in keys}
         self.plain = {k: DIP(scale).main[k] for k in keys}
         self.twin = {view: Fit(view, "denoise25", fit["denoise25"], start=1) for view in views(scale.test)}
+        four, slow = (2.0, 1.0, 0.5, 0.25), {"mirrored": False, "warm": True}
+        photos = Train("photos", scale.photos)
+        changes = {
+            "as chosen: one mirrored pair, S = σ/4": {},
+            "S = σ/50 (Monte-Carlo SURE)": {"ratios": (0.02,)}, "S = σ/10": {"ratios": (0.1,)}, "S = σ/2": {"ratios": (0.5,)}, "S = σ": {"ratios": (1.0,)},
+            "S = 2σ": {"ratios": (2.0,)}, "two pairs, S = σ, σ/4": {"ratios": (1.0, 0.25)}, "four pairs, S = 2σ … σ/4": {"ratios": four},
+            "one network, S = σ/4": {"mirrored": False}, "one network, S = σ/2": {"ratios": (0.5,), "mirrored": False},
+            "calibrate on S = σ/2, refit y": {"ratios": (0.5, 0.0), "mirrored": False}, "no stages, τ = 1": {"ratios": (0.0,), "mirrored": False},
+            "four stages, warm, heavy to light": {"ratios": four, **slow}, "… light to heavy": {"ratios": four[::-1], **slow},
+            "… shuffled": {"ratios": (0.5, 2.0, 0.25, 1.0), **slow}, "… equal steps of S": {"ratios": (2.0, 1.42, 0.83, 0.25), **slow},
+            "… equal steps of t, linear schedule": {"ratios": equal_steps(ddpm.linear, 4), **slow},
+            "… equal steps of t, cosine schedule": {"ratios": equal_steps(ddpm.cosine, 4), **slow},
+            "never stopped": {"patience": 10 ** 6}, "two chains averaged": {"copies": 2},
+            "3 scales": {"widths": (32,) * 3}, "width 16": {"widths": (16,) * 4}, "no skips": {"skip": 0},
+            "σ believed × 0.7": {"belief": 0.7}, "σ believed × 1.3": {"belief": 1.3}, "σ estimated": {"belief": 0.0},
+            "noise cut to [0, 1]": {"noise": "clipped"}, "Poisson noise": {"noise": "poisson"}, "salt-and-pepper noise": {"noise": "salt and pepper"},
+            "perceptual term": {"extra": "perceptual", "model": photos}, "adversarial term": {"extra": "adversarial"},
+            "32 × 32 pixels": {"size": 32}, "128 × 128 pixels": {"size": 128},
+            "LEAK: stages of the clean image": {"ratios": (1.0, 0.5, 0.25, 0.1), "leak": True, "patience": 10 ** 6, "steps": fit["denoise25"] // 4, **slow}}
+        whole = [view for view in views(scale.test) if view.endswith("whole")]
+        self.ablation = {(name, view, 0): Staged(**{"photo": view, "task": "denoise25", "steps": fit["denoise25"], "size": 64} | change)
+                         for name, change in changes.items() for view in whole}
+        self.ablation |= {("Self-diffusion's stages", view, 0): SelfDiffusion(view, "denoise25", fit["denoise25"], size=64) for view in whole}
+        self.small = {(view, 0): Fit(view, "denoise25", fit["denoise25"], size=64) for view in whole}
 
     @property
     def runs(self) -> list[Run]:
-        return [*self.main.values(), *self.plain.values(), *self.twin.values()]
+        return [*self.main.values(), *self.plain.values(), *self.twin.values(), *self.ablation.values(), *self.small.values()]
 
     def assemble(self) -> tuple[dict, dict]:
         plain = {k: DIP.outcome(run.result()) for k, run in self.plain.items()}
@@ -1133,13 +1191,33 @@ class Stop:
                   for k in keys}
             values[f"two_{name}"] = {"psnr": by_photo(of), "better": by_photo({k: main[k]["psnr"] - of[k] for k in keys})}
             versus.append([f"two plain fits averaged, {label}", show(values[f"two_{name}"]["psnr"]), show(values[f"two_{name}"]["better"])])
+        base = {k[1:]: self.digest(run.result()) for k, run in self.ablation.items() if k[0] == next(iter(self.ablation))[0]}
+        reference = {k: DIP.outcome(run.result())["oracle"]["psnr"] for k, run in self.small.items()}
+        ablation = {}
+        for name in dict.fromkeys(k[0] for k in self.ablation):
+            runs = {k: self.digest(run.result()) for k, run in self.ablation.items() if k[0] == name}
+            known = all(math.isfinite(r["error"]) for r in runs.values())
+            ablation[name] = {m: by_photo({k: r[m] for k, r in runs.items()}) for m in ("gap", "psnr", "seconds")} | {
+                "error": by_photo({k: r["error"] for k, r in runs.items()}) if known else None,
+                "gain": by_photo({k: r["psnr"] - reference[k[1:]] for k, r in runs.items()}), "worst": max(r["gap"] for r in runs.values()),
+                "cost": by_photo({k: r["seconds"] / base[k[1:]]["seconds"] for k, r in runs.items()})}
         tables = {
             "main": table(["task", "rule", "runs", "mean gap, dB", "median", "P90", "worst", "gap > 1 dB", "delivered, dB", "pair − rule, dB", "pair wins"], rows),
             "gain": table(["task", "*oracle* of plain DIP, dB", "mirrored pair, dB", "difference", "expected − true, dB", "within 0.5 dB", "time / plain DIP's to its peak"], [
                 [t, show(v["oracle"]), show(v["psnr"]), show(v["gain"]), show(v["error"]), f"{100 * v['within']:.0f} %", show(v["cost"])]
                 for t, v in ((t, values[t]) for t in self.TASKS)]),
-            "control": table(["σ = 25, first seed", "PSNR, dB", "mirrored pair − it, dB"], versus)}
-        return {"main": values}, tables
+            "control": table(["σ = 25, first seed", "PSNR, dB", "mirrored pair − it, dB"], versus),
+            "ablation": table(["change", "gap, dB", "worst", "delivered, dB", "− *oracle* of plain DIP", "expected − true, dB", "seconds / as chosen"], [
+                [name, show(a["gap"], 3), f"{a['worst']:.2f}", show(a["psnr"]), show(a["gain"]),
+                 show(a["error"]) if a["error"] else "none", f"{a['cost']['mean']:.1f}"] for name, a in ablation.items()]),
+            "stages": table(["stage", "S / σ", "t / T", "delivered at step", "PSNR against its own noisy target", "SSIM against it", "PSNR by its error meter", "*true* PSNR", "*true* SSIM"], [
+                [k, f"{x['ratio']:.2f}", f"{x['t']:.4f}", x["step"], f"{x['own_psnr']:.2f}", f"{x['own_ssim']:.3f}", f"{x['believed']:.2f}", f"{x['delivered']:.2f}", f"{x['ssim']:.3f}"]
+                for k, x in enumerate(self.example().result()["stages"])])}
+        ratio, spread = hybrid.expected_error.__defaults__
+        return {"main": values, "calibration": {"ratio": ratio, "spread": spread}, "ablation": {re.sub(r"\W+", "_", n).strip("_"): a for n, a in ablation.items()}}, tables
+
+    def example(self) -> Staged:
+        return next(run for (name, *_), run in self.ablation.items() if name.startswith("four pairs"))
 
     @staticmethod
     def digest(result: dict) -> dict:
@@ -1149,7 +1227,7 @@ class Stop:
                 "error": result["expected"] - result["psnr"], "seconds": result["seconds"]}
 
     def figures(self, values: dict) -> dict:
-        return {"meter": self.meter, "gaps": self.gaps, "calibration": self.calibration}
+        return {"meter": self.meter, "gaps": self.gaps, "calibration": self.calibration, "film": self.film}
 
     def meter(self):
         figure, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
@@ -1188,6 +1266,21 @@ class Stop:
         ax.set(xlabel="expected PSNR (from the noisy photo alone), dB", ylabel="true PSNR, dB")
         ax.legend()
         return figure
+
+    def film(self):
+        result = self.example().result()
+        columns = [[(result["pictures"][f"target {k}"], f"target, S = {x['ratio']:.2f} σ"), (result["pictures"][f"stage {k}"], f"stage {k}: {x['delivered']:.2f} dB")]
+                   for k, x in enumerate(result["stages"])]
+        return panels(columns + [[(result["pictures"]["measured"], "measured"), (result["pictures"]["delivered"], f"blended: {result['psnr']:.2f} dB")],
+                                 [(result["pictures"]["clean"], "truth")] * 2], transpose=True)
+
+
+def equal_steps(make, n: int, sigma: float = 25 / 255, high: float = 2.0, low: float = 0.25) -> tuple:
+    """S / σ of n stages from `high` to `low` that are equally many steps of a schedule apart."""
+    s = make(4000)
+    ends = [ddpm.step_of(s, sigma * math.hypot(1, r)) for r in (high, low)]
+    return tuple(round(math.sqrt(ddpm.noise_level(s)[round(t)].item() ** 2 / sigma ** 2 - 1), 2) for t in np.linspace(*ends, n))
+
 
 EXPERIMENTS = {"ddpm": DDPM, "dip": DIP, "stop": Stop}
 

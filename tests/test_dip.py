@@ -110,9 +110,9 @@ def test_a_fit_repeats_bit_for_bit_approaches_y_and_averages():
     assert all(torch.equal(a.image, b.image) and a.misfit == b.misfit for a, b in zip(steps, again))
     assert steps[-1].misfit < steps[0].misfit / 5
     assert steps[-1].misfit == pytest.approx((steps[-1].image - y).square().mean().item(), rel=1e-4)
-    mean = steps[0].image
-    for s in steps:
-        mean = mean if s.i == 1 else 0.99 * mean + 0.01 * s.image
+    for s in steps:                                                  # the weights 0.99^age of all images so far, made to sum to 1
+        weights = torch.tensor([0.99 ** (s.i - j) for j in range(1, s.i + 1)])
+        mean = torch.einsum("i,ichw->chw", weights / weights.sum(), torch.cat([x.image for x in steps[:s.i]]))
         assert torch.allclose(s.average, mean, atol=1e-5)
     assert not steps[-1].image.requires_grad
 

@@ -420,6 +420,12 @@ def test_a_staged_run_measures_the_noise_of_its_plain_twin():
     assert len(twice["stages"]) == 2 and math.isfinite(twice["expected"])
 
 
+def test_equal_steps_run_from_heavy_to_light():
+    for make in (E.ddpm.linear, E.ddpm.cosine):
+        ratios = E.equal_steps(make, 4)
+        assert len(ratios) == 4 and list(ratios) == sorted(ratios, reverse=True) and ratios[0] == pytest.approx(2, rel=0.05) and ratios[-1] == pytest.approx(0.25, rel=0.1)
+
+
 def test_results_on_disk_carry_their_settings():
     for name in E.EXPERIMENTS:
         stored = json.loads((ROOT / "out" / f"{name}.json").read_text())

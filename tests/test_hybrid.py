@@ -196,8 +196,13 @@ def test_stages_deliver_their_least_risk_and_are_blended():
         assert stage[-1].best_step == 1 + values.index(min(values)) and torch.equal(stage[-1].best, stage[values.index(min(values))].image)
         assert len(stage) == min(40, stage[-1].best_step + 10)
     last, first = seen[-1], [s for s in seen if s.k == 0][-1]
-    mix, expected = hybrid.blend(first.best, min(s.value for s in seen if s.k == 0), last.best, min(s.value for s in seen if s.k == 1))
-    assert torch.equal(last.blended, mix) and last.expected == expected
+    alone = list(hybrid.staged_fit(y, SIGMA, chain[1:], starts(1), 40, gen(2), patience=10))[-1]
+    assert torch.equal(alone.best, first.best) and alone.expected == first.expected != min(s.value for s in seen if s.k == 0)
+    single = list(hybrid.staged_fit(y, SIGMA, chain[::-1], starts(1), 40, gen(2), patience=10, mirrored=False))
+    first, last = [s for s in single if s.k == 0][-1], single[-1]
+    least = [min(s.value for s in single if s.k == k) for k in (0, 1)]
+    mix, expected = hybrid.blend(first.best, least[0], last.best, least[1])
+    assert torch.equal(last.blended, mix) and last.expected == expected and first.expected == least[0]
 
 
 def test_the_last_stage_stops_at_the_transferred_fraction():
@@ -212,6 +217,26 @@ def test_the_last_stage_stops_at_the_transferred_fraction():
     assert torch.allclose(last[-1].blended, 0.3 * first[-1].best + 0.7 * last[-1].image)
 
 
+def test_a_posterior_mean_knows_its_own_error():
+    """x ~ N(0, s²), f the posterior mean h q: its error is σ² times its divergence h, for every y. Then the second opinion is exact."""
+    s, d, misses = 0.15, 3 * 16 * 16, []
+    h = s ** 2 / (s ** 2 + SIGMA ** 2)
+    for seed in range(40):
+        x, n, xi = torch.randn(3, 1, 3, 16, 16, generator=gen(seed), dtype=torch.float64)
+        y = s * x + SIGMA * n
+        link = hybrid.Link(1, SIGMA / 4, y + SIGMA / 4 * xi)
+        f, g = h * link.q, h * hybrid.mirror(y, link).q
+        value, truth = hybrid.pair_risk(f, g, y, SIGMA, link), ((f + g) / 2 - s * x).square().mean().item()
+        sure = hybrid.expected_error(value, f, g, y, SIGMA, link, ratio=1.0, spread=1e-9)
+        assert sure == pytest.approx(SIGMA ** 2 * h, rel=1e-9)
+        assert hybrid.expected_error(value, f, g, y, SIGMA, link, spread=1e9) == pytest.approx(value, rel=1e-9)
+        theory, precise, vague = 1.1 * SIGMA ** 2 * h, 1 / (0.2 * SIGMA ** 2 * h) ** 2, d / (2 * SIGMA ** 4)
+        assert hybrid.expected_error(value, f, g, y, SIGMA, link, 1.1, 0.2) == pytest.approx((precise * theory + vague * value) / (precise + vague), rel=1e-9)
+        misses.append([abs(value - truth), abs(hybrid.expected_error(value, f, g, y, SIGMA, link, ratio=1.0) - truth)])
+    plain, steadier = torch.tensor(misses).mean(0)
+    assert steadier < 0.9 * plain
+
+
 def test_scaling_the_noise_scales_the_meter():
     """Twice the picture and twice the noise: four times the estimated risk, to rounding."""
     x, y, (link,) = many_chains(5, (0.5,))
@@ -220,3 +245,4 @@ def test_scaling_the_noise_scales_the_meter():
     assert hybrid.risk(2 * f, 2 * y, 2 * SIGMA, twice) == pytest.approx(4 * hybrid.risk(f, y, SIGMA, link), rel=1e-12)
     g = 0.7 * hybrid.mirror(y, link).q
     assert hybrid.pair_risk(2 * f, 2 * g, 2 * y, 2 * SIGMA, twice) == pytest.approx(4 * hybrid.pair_risk(f, g, y, SIGMA, link), rel=1e-12)
+    assert hybrid.expected_error(0.04, 2 * f, 2 * g, 2 * y, 2 * SIGMA, twice) == pytest.approx(4 * hybrid.expected_error(0.01, f, g, y, SIGMA, link), rel=1e-12)
