@@ -325,6 +325,7 @@ class Train(Run):
     schedule: str = "cosine"
     head: str = "v"
     places: tuple = ()                              # mean and deviation of a logit-normal t / T; empty: all steps alike
+    t_max: int = 0                                                  # the last step that is learnt; 0: all
     stamp: str = ""                                 # what the folder held
     seed: int = 0
 
@@ -364,7 +365,7 @@ class Train(Run):
         began, spent, last = time.perf_counter(), saved["seconds"], time.perf_counter()
         marks = {max(1, round(self.steps * f)): f for f in (1 / 8, 1 / 4, 1 / 2, 1.0)}
         network, (schedule, head) = self.network(), self.parts()
-        for state in ddpm.train(network, schedule, batch, head, self.steps, self.generator(), lr=self.lr, amp=AMP,
+        for state in ddpm.train(network, schedule, batch, head, self.steps, self.generator(), lr=self.lr, amp=AMP, t_max=self.t_max or None,
                                 place=ddpm.logit_normal(*self.places) if self.places else ddpm.evenly, resume=saved["trainer"]):
             saved["losses"].append(state.loss)
             seconds = spent + time.perf_counter() - began
@@ -559,8 +560,8 @@ def to_bytes(x: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------- runs: deep image prior
 
-TASKS = {"denoise15": 15, "denoise25": 25, "denoise50": 50, "superres4": 0, "random80": 0, "block": 0}
-"""Task → noise sigma in 0 … 255. The last three are measured without noise."""
+TASKS = {"denoise15": 15, "denoise25": 25, "denoise50": 50, "superres4": 0, "random80": 0, "block": 0, "bigblock": 0}
+"""Task → noise sigma in 0 … 255. The last four are measured without noise."""
 
 
 def measure(task: str, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, dip.Operator]:
@@ -570,9 +571,9 @@ def measure(task: str, clean: Tensor, generator: torch.Generator) -> tuple[Tenso
         operator = dip.downsample(4)
     elif task == "random80":
         operator = dip.mask((torch.rand(1, 1, *clean.shape[-2:], generator=generator) > 0.8).float().to(clean.device))
-    elif task == "block":
-        known, (h, w) = torch.ones_like(clean[:, :1]), clean.shape[-2:]
-        known[..., 3 * h // 8:5 * h // 8, 3 * w // 8:5 * w // 8] = 0
+    elif task in ("block", "bigblock"):                                      # a quarter or three eighths of each side, in the middle
+        known, (h, w), eighth = torch.ones_like(clean[:, :1]), clean.shape[-2:], 16 if task == "block" else 24
+        known[..., h // 2 - eighth * h // 128:h // 2 + eighth * h // 128, w // 2 - eighth * w // 128:w // 2 + eighth * w // 128] = 0
         operator = dip.mask(known)
     y = operator.A(clean)
     return y + TASKS[task] / 255 * torch.randn(y.shape, generator=generator).to(y.device), operator
@@ -818,10 +819,10 @@ class Scale(NamedTuple):
 
 SCALES = {
     "full": Scale(2800, 1400, 200, 400, 512, 48, {0: (5, 10, 20, 50, 100), 1: (5, 10, 20, 50, 100, 1000)}, TEST, 3,
-                  {"denoise15": 620, "denoise25": 500, "denoise50": 320, "superres4": 380, "random80": 380, "block": 450}),
+                  {"denoise15": 620, "denoise25": 500, "denoise50": 320, "superres4": 380, "random80": 380, "block": 450, "bigblock": 450}),
     "quick": Scale(24, 12, 8, 60, 64, 4, {0: (5, 10, 20, 50, 100), 1: (5, 10, 20, 50, 100, 1000)}, TEST[:1], 1, dict.fromkeys(TASKS, 24)),
 }
-BUDGET = {"denoise15": 620, "denoise25": 425, "denoise50": 225, "superres4": 380, "random80": 300, "block": 450}
+BUDGET = {"denoise15": 620, "denoise25": 425, "denoise50": 225, "superres4": 380, "random80": 300, "block": 450, "bigblock": 450}
 TAU = 0.92                                             # Morozov's constant, for the running average, on the development photos
 SNAPSHOTS = (25, 50, 100, 200, 300)                                                          # steps whose running average is kept
 PLACES = (-0.1, 1.1)                            # training steps of the cats: the middle of the chain, where fur and mouth are decided
@@ -983,11 +984,12 @@ ITERATE = ("wmv", "emv", "wmv_published", "emv_published", "discrepancy")
 
 class DIP:
     """What does the prior know, and when does it forget?"""
+    TASKS = ("denoise15", "denoise25", "denoise50", "superres4", "random80", "block")
 
     def __init__(self, scale: Scale):
         self.scale, fit = scale, scale.fit
         self.main = {(task, view, seed): Fit(view, task, fit[task], seed=seed, unseen=0.0 if TASKS[task] else 0.05)
-                     for task in TASKS for view in views(scale.test) for seed in range(scale.seeds if task == "denoise25" else 1)}
+                     for task in self.TASKS for view in views(scale.test) for seed in range(scale.seeds if task == "denoise25" else 1)}
         self.held_out = {view: Fit(view, "denoise25", fit["denoise25"], unseen=0.05) for view in views(scale.test)}
         changes = {"as chosen": {}, "bilinear, reflected borders": {"upsample": "bilinear", "padding": "reflect", "steps": 2 * fit["denoise25"]},
                    "3 scales": {"widths": (32,) * 3}, "width 16": {"widths": (16,) * 4},
@@ -1028,7 +1030,7 @@ class DIP:
                     of.setdefault(view, []).append(o[rule][key])
             return interval(np.mean(v) for v in of.values())
         tasks, rules = {}, {}
-        for task in TASKS:
+        for task in self.TASKS:
             chosen = "budget" if TASKS[task] else "held_out"
             wanted = {"measured": ("measured", "psnr"), "delivered": (chosen, "psnr"), "delivered_ssim": (chosen, "average_ssim"), "seconds": (chosen, "seconds"),
                       "oracle": ("oracle", "psnr"), "oracle_step": ("oracle", "step"), "last": ("last", "psnr"),
@@ -1058,7 +1060,7 @@ class DIP:
                             "gap of the other"], [
                 [task, RULES[rule], "iterate" if rule in ITERATE else "average", r["runs"], show(r["gap"]), f"{r['median']:.2f}", f"{r['p90']:.2f}",
                  f"{r['worst']:.2f}", f"{100 * r['failures']:.0f} %", f"{100 * r['fired']:.0f} %", f"{r['psnr']['mean']:.2f}", f"{r['other_gap']['mean']:.2f}"]
-                for task in TASKS for rule in RULES if (r := rules.get(f"{task}_{rule}"))]),
+                for task in self.TASKS for rule in RULES if (r := rules.get(f"{task}_{rule}"))]),
             "ablation": table(["change", "parameters", "*oracle*, dB", "gain, dB", "*oracle* step", "at the end, dB", "ms per step"], [
                 [name, f"{c['parameters']:,}", show(c["oracle"]), show(c["gain"]), f"{c['step']['mean']:.0f}", f"{c['last']['mean']:.2f}", f"{c['ms']:.0f}"]
                 for name, c in changes.items()])}
@@ -1068,7 +1070,7 @@ class DIP:
         return {"rise_and_fall": self.rise_and_fall, "restored": self.restored, "ablation": self.ablation_curves}
 
     def rise_and_fall(self):
-        tasks = list(TASKS)
+        tasks = self.TASKS
         figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
         for ax, task in zip(axes.flat, tasks):
             view = views(self.scale.test)[len(self.scale.test)]
@@ -1087,7 +1089,7 @@ class DIP:
 
     def restored(self):
         rows = []
-        for task, view in zip(TASKS, views(self.scale.test)[::2] * 2):
+        for task, view in zip(self.TASKS, views(self.scale.test)[::2] * 2):
             result = self.main[task, view, 0].result()
             rule = "budget" if TASKS[task] else "held_out"
             clean, row = result["pictures"]["clean"] / 255, []
