@@ -743,14 +743,15 @@ class Staged(Run):
             chain = [link._replace(q=link.q.to(DEVICE)) for link in self.chain(source, sigma, generator)]
             def fresh():
                 return fresh_dip(generator, y.shape[-2:], widths=self.widths, skip=self.skip)
-            penalty, began = self.penalty(y, sigma), time.perf_counter()
+            penalty, over, began = self.penalty(y, sigma), False, time.perf_counter()
             for stage in hybrid.staged_fit(source.to(DEVICE), sigma, chain, fresh, self.steps, generator, mirrored=self.mirrored, warm=self.warm,
-                                           patience=self.patience, penalty=penalty, amp=AMP):
-                seconds += time.perf_counter() - began
+                                           patience=self.patience, watch=True, penalty=penalty, amp=AMP):
+                seconds += 0.0 if over else time.perf_counter() - began
+                over = stage.stopped and stage.k == len(chain) - 1
                 if stage.i == 1:
                     stages.append({"ratio": stage.link.S / sigma, "t": stage.link.t / fine_cosine().T, "curve": []})
                 stages[-1]["curve"].append(metrics.psnr(stage.image, clean).item())
-                stages[-1] |= {"best": stage.best, "link": stage.link, "step": stage.best_step, "steps": stage.i}
+                stages[-1] |= {"best": stage.best, "link": stage.link, "step": stage.i if self.leak else stage.best_step}
                 if stage.best_step == stage.i:
                     stages[-1]["believed"] = 10 * math.log10(1 / max(stage.value, 1e-6))
                 for name, value in (("psnr", stages[-1]["curve"][-1]), ("believed", stage.value)):
@@ -818,11 +819,11 @@ class Scale(NamedTuple):
 
 
 SCALES = {
-    "full": Scale(2800, 1400, 200, 400, 512, 48, {0: (5, 10, 20, 50, 100), 1: (5, 10, 20, 50, 100, 1000)}, TEST, 3,
-                  {"denoise15": 620, "denoise25": 500, "denoise50": 320, "superres4": 380, "random80": 380, "block": 450, "bigblock": 450}),
+    "full": Scale(2600, 1250, 160, 400, 512, 40, {0: (5, 10, 20, 50, 100), 1: (5, 10, 20, 50, 100, 1000)}, TEST, 3,
+                  {"denoise15": 600, "denoise25": 500, "denoise50": 320, "superres4": 360, "random80": 360, "block": 450, "bigblock": 450}),
     "quick": Scale(24, 12, 8, 60, 64, 4, {0: (5, 10, 20, 50, 100), 1: (5, 10, 20, 50, 100, 1000)}, TEST[:1], 1, dict.fromkeys(TASKS, 24)),
 }
-BUDGET = {"denoise15": 620, "denoise25": 425, "denoise50": 225, "superres4": 380, "random80": 300, "block": 450, "bigblock": 450}
+BUDGET = {"denoise15": 600, "denoise25": 425, "denoise50": 225, "superres4": 360, "random80": 300, "block": 450, "bigblock": 450}
 TAU = 0.92                                             # Morozov's constant, for the running average, on the development photos
 SNAPSHOTS = (25, 50, 100, 200, 300)                                                          # steps whose running average is kept
 PLACES = (-0.1, 1.1)                            # training steps of the cats: the middle of the chain, where fur and mouth are decided
@@ -870,14 +871,14 @@ class DDPM:
         s = self.scale = scale
         self.eye, self.cats, self.photos = LearnToSee(s.eye), Train("cats", s.cats, places=PLACES), Train("photos", s.photos)
         self.main = SampleCats(self.cats, self.eye, s.samples)
-        self.floor = {n: RealCats(self.eye, n, seed=1) for n in {s.samples, s.samples // 4, s.few}}
-        self.reference = RealCats(self.eye, 8 * s.samples, seed=2)
+        self.floor = {n: RealCats(self.eye, n, seed=1) for n in {s.samples, s.samples // 5, s.few}}
+        self.reference = RealCats(self.eye, 4 * s.samples, seed=2)
         self.grid = {(eta, k): SampleCats(self.cats, self.eye, s.few, k, float(eta)) for eta in s.chain for k in s.chain[eta]}
-        self.budget = {at: SampleCats(self.cats, self.eye, s.samples // 4, at=at) for at in (1 / 8, 1 / 4, 1 / 2, 1.0)}
-        self.raw = SampleCats(self.cats, self.eye, s.samples // 4, ema=False)
+        self.budget = {at: SampleCats(self.cats, self.eye, s.samples // 5, at=at) for at in (1 / 8, 1 / 4, 1 / 2, 1.0)}
+        self.raw = SampleCats(self.cats, self.eye, s.samples // 5, ema=False)
         variants = {"cosine, v": {}, "linear, v": {"schedule": "linear"}, "sigmoid, v": {"schedule": "sigmoid"}, "cosine, eps": {"head": "eps"},
                     "cosine, v, all steps alike": {"places": ()}}
-        self.variants = {name: SampleCats(Train(**{"data": "cats", "steps": s.short, "places": PLACES} | change), self.eye, s.samples // 4)
+        self.variants = {name: SampleCats(Train(**{"data": "cats", "steps": s.short, "places": PLACES} | change), self.eye, s.samples // 5)
                          for name, change in variants.items()}
         self.sheet = SamplePhotos(self.photos, steps=min(50, s.chain[0][-1]))
         settings = [(15, 1, 1.0), (25, 1, 1.0), (50, 1, 1.0), (25, 2, 1.0), (25, 10, 1.0), (25, 1, 1 / 8), (25, 1, 1 / 4), (25, 1, 1 / 2)]
@@ -905,7 +906,7 @@ class DDPM:
         trained = {k: t.result() for k, t in (("cats", self.cats), ("photos", self.photos))}
         rows = {k: mean_rows([run.result()["rows"] for run in runs]) for k, runs in self.denoise.items()}
         denoise = {k: {m: interval(r[m] for r in v.values()) for m in ("psnr", "ssim", "noisy_psnr", "seconds")} for k, v in rows.items()}
-        few, quarter = self.scale.few, self.scale.samples // 4
+        few, fifth = self.scale.few, self.scale.samples // 5
 
         def row(name, m):
             return [name, m["n"], f"{m['frechet']:.2f}", f"{m['fidelity']:.3f}", f"{100 * m['entropy_least']:.1f} %",
@@ -919,7 +920,7 @@ class DDPM:
                 for (eta, k), m in grid.items()] + [["real cats (floor)", "", *row("", floor[few])[1:], ""]]),
             "budget": table(["training steps", "seconds", *columns[1:]], [
                 [round(at * self.cats.steps), round(at * seconds), *row("", m)[1:]] for at, m in budget.items()]
-                + [["the last, without averaging", round(seconds), *row("", raw)[1:]], ["real cats (floor)", "", *row("", floor[quarter])[1:]]]),
+                + [["the last, without averaging", round(seconds), *row("", raw)[1:]], ["real cats (floor)", "", *row("", floor[fifth])[1:]]]),
             "variants": table(["schedule, prediction", *columns[1:]], [row(k, m) for k, m in variants.items()]),
             "denoise": table(["noise σ · 255", "method", "evaluations", "photos", "noisy PSNR", "PSNR, dB", "SSIM", "seconds"], [
                 [sigma, "one step" if k == 1 else "DDIM", k, m["psnr"]["n"], f"{m['noisy_psnr']['mean']:.2f}", show(m["psnr"]), show(m["ssim"], 3),
@@ -929,7 +930,7 @@ class DDPM:
                 for at in (1 / 8, 1 / 4, 1 / 2, 1.0)]),
         }
         values = {"main": main, "raw": raw, "accuracy": dict(zip(CAT_FACTORS, self.floor[self.scale.samples].result()["accuracy"])),
-                  "floor": {"main": floor[self.scale.samples], "quarter": floor[quarter], "few": floor[few]},
+                  "floor": {"main": floor[self.scale.samples], "fifth": floor[fifth], "few": floor[few]},
                   "grid": {f"{'ancestral' if eta else 'ddim'}{k}": m for (eta, k), m in grid.items()},
                   "budget": {f"at{round(100 * at)}": m for at, m in budget.items()},
                   "variants": {re.sub(r"\W+", "_", k): m for k, m in variants.items()}, "variants_steps": self.scale.short,
@@ -960,7 +961,7 @@ class DDPM:
         spent = [at * values["train"]["cats"]["seconds"] for at in self.budget]
         axes[2].plot(spent, [values["budget"][f"at{round(100 * at)}"]["frechet"] for at in self.budget], "o-", label="averaged weights")
         axes[2].plot(spent[-1:], [values["raw"]["frechet"]], "s", label="last weights")
-        axes[2].axhline(values["floor"]["quarter"]["frechet"], color="k", ls=":", label="real cats")
+        axes[2].axhline(values["floor"]["fifth"]["frechet"], color="k", ls=":", label="real cats")
         axes[2].set(ylim=(0, None), xlabel="training, seconds on one core", title="Fréchet distance ↓")
         axes[2].legend()
         return figure
@@ -978,10 +979,6 @@ RULES = {"budget": "fixed budget", "wmv": "ES-WMV, rescaled", "emv": "ES-EMV, re
          "emv_published": "ES-EMV, P 1000", "discrepancy": "discrepancy, τ = 1", "discrepancy_tuned": f"discrepancy, τ = {TAU}", "held_out": "held-out pixels"}
 
 
-ITERATE = ("wmv", "emv", "wmv_published", "emv_published", "discrepancy")
-"""Rules that were made for the single picture and deliver it; the others deliver the running average, which peaks later."""
-
-
 class DIP:
     """What does the prior know, and when does it forget?"""
     TASKS = ("denoise15", "denoise25", "denoise50", "superres4", "random80", "block")
@@ -994,7 +991,7 @@ class DIP:
         changes = {"as chosen": {}, "bilinear, reflected borders": {"upsample": "bilinear", "padding": "reflect", "steps": 2 * fit["denoise25"]},
                    "3 scales": {"widths": (32,) * 3}, "width 16": {"widths": (16,) * 4},
                    "no skips": {"skip": 0}, "no jitter": {"jitter": 0.0}}
-        self.ablation = {(name, view): Fit(**{"photo": view, "task": "denoise25", "steps": fit["denoise25"], **change})
+        self.ablation = {(name, view): Fit(**{"photo": view, "task": "denoise25", "steps": fit["denoise25"], "size": 64, **change})
                          for name, change in changes.items() for view in views(scale.test) if view.endswith("whole")}
 
     @property
@@ -1002,25 +999,25 @@ class DIP:
         return [*self.main.values(), *self.held_out.values(), *self.ablation.values()]
 
     @staticmethod
-    def outcome(result: dict) -> dict:
-        """Per rule: the step it chose, the PSNR of what it delivers there, and the gaps of both pictures to their own peaks."""
+    @functools.cache
+    def outcome(run: Fit) -> dict:
+        """Per rule: the step it chose, the PSNR of the running average there, and how far average and iterate are from their own peaks."""
+        result = run.result()
         curve, iterates, clean = result["curves"]["average_psnr"], result["curves"]["psnr"], result["pictures"]["clean"] / 255
         best = {name: i or len(curve) for name, i in result["best"].items()} | {"oracle": int(curve.argmax()) + 1, "last": len(curve)}
         found = {}
         for name, i in best.items():
-            average_gap, iterate_gap = (float(c.max() - c[i - 1]) for c in (curve, iterates))
-            gap, other_gap = (iterate_gap, average_gap) if name in ITERATE else (average_gap, iterate_gap)
-            picture = result["pictures"]["last" if i == len(curve) else name] / 255                                  # the average
-            found[name] = {"psnr": (iterates if name in ITERATE else curve)[i - 1].item(), "average_ssim": metrics.ssim(picture, clean).item(),
-                           "gap": gap, "other_gap": other_gap, "iterate": iterates[i - 1].item(), "step": i, "fired": name in result["stopped"],
-                           "seconds": result["seconds"] * result["stopped"].get(name, len(curve)) / len(curve)}
+            picture = result["pictures"]["last" if i == len(curve) else name] / 255
+            found[name] = {"psnr": curve[i - 1].item(), "ssim": metrics.ssim(picture, clean).item(), "gap": float(curve.max() - curve[i - 1]),
+                           "iterate": iterates[i - 1].item(), "iterate_gap": float(iterates.max() - iterates[i - 1]), "step": i,
+                           "fired": name in result["stopped"], "seconds": result["seconds"] * result["stopped"].get(name, len(curve)) / len(curve)}
         return found | {"measured": {"psnr": score(result["pictures"]["measured"] / 255, clean)["psnr"]},
                         "peak": {"psnr": iterates.max().item(), "step": int(iterates.argmax()) + 1}}
 
     def assemble(self) -> tuple[dict, dict]:
-        outcomes = {k: self.outcome(run.result()) for k, run in self.main.items()}
-        held = {v: self.outcome(run.result()) for v, run in self.held_out.items()}
-        ablation = {k: self.outcome(run.result()) for k, run in self.ablation.items()}
+        outcomes = {k: self.outcome(run) for k, run in self.main.items()}
+        held = {v: self.outcome(run) for v, run in self.held_out.items()}
+        ablation = {k: self.outcome(run) for k, run in self.ablation.items()}
 
         def over_views(task, rule, key, found=outcomes):
             """One number per photo (its seeds averaged), then the interval over photos."""
@@ -1032,7 +1029,7 @@ class DIP:
         tasks, rules = {}, {}
         for task in self.TASKS:
             chosen = "budget" if TASKS[task] else "held_out"
-            wanted = {"measured": ("measured", "psnr"), "delivered": (chosen, "psnr"), "delivered_ssim": (chosen, "average_ssim"), "seconds": (chosen, "seconds"),
+            wanted = {"measured": ("measured", "psnr"), "delivered": (chosen, "psnr"), "delivered_ssim": (chosen, "ssim"), "seconds": (chosen, "seconds"),
                       "oracle": ("oracle", "psnr"), "oracle_step": ("oracle", "step"), "last": ("last", "psnr"),
                       "peak": ("peak", "psnr"), "peak_step": ("peak", "step"), "iterate_last": ("last", "iterate")}
             tasks[task] = {name: over_views(task, *what) for name, what in wanted.items()}
@@ -1042,7 +1039,7 @@ class DIP:
                 seen = [o[rule] for k, o in source.items() if k[0] == task and rule in o]
                 if seen:
                     gaps = [o["gap"] for o in seen]
-                    rules[f"{task}_{rule}"] = {key: over_views(task, rule, key, source) for key in ("gap", "other_gap", "psnr", "step")} | {
+                    rules[f"{task}_{rule}"] = {key: over_views(task, rule, key, source) for key in ("gap", "iterate_gap", "psnr", "iterate", "step")} | {
                         "median": float(np.median(gaps)), "p90": float(np.quantile(gaps, 0.9)), "worst": max(gaps), "runs": len(gaps),
                         "failures": float(np.mean([g > 1 for g in gaps])), "fired": float(np.mean([o["fired"] for o in seen]))}
         names = list(dict.fromkeys(name for name, _ in self.ablation))
@@ -1056,10 +1053,11 @@ class DIP:
                 [task, f"{t['oracle']['n']} × {t['runs'] // t['oracle']['n']}", f"{t['measured']['mean']:.2f}", show(t["delivered"]),
                  show(t["delivered_ssim"], 3), RULES[t["rule"]], f"{t['seconds']['mean']:.0f}", show(t["oracle"]), f"{t['oracle_step']['mean']:.0f}",
                  f"{t['last']['mean']:.2f}"] for task, t in tasks.items()]),
-            "rules": table(["task", "rule", "delivers", "runs", "mean gap, dB", "median", "P90", "worst", "gap > 1 dB", "fired", "delivered, dB",
-                            "gap of the other"], [
-                [task, RULES[rule], "iterate" if rule in ITERATE else "average", r["runs"], show(r["gap"]), f"{r['median']:.2f}", f"{r['p90']:.2f}",
-                 f"{r['worst']:.2f}", f"{100 * r['failures']:.0f} %", f"{100 * r['fired']:.0f} %", f"{r['psnr']['mean']:.2f}", f"{r['other_gap']['mean']:.2f}"]
+            "rules": table(["task", "rule", "runs", "mean gap, dB", "median", "P90", "worst", "gap > 1 dB", "fired", "delivered, dB",
+                            "the iterate, dB", "its gap"], [
+                [task, RULES[rule], r["runs"], show(r["gap"]), f"{r['median']:.2f}", f"{r['p90']:.2f}", f"{r['worst']:.2f}",
+                 f"{100 * r['failures']:.0f} %", f"{100 * r['fired']:.0f} %", f"{r['psnr']['mean']:.2f}", f"{r['iterate']['mean']:.2f}",
+                 f"{r['iterate_gap']['mean']:.2f}"]
                 for task in self.TASKS for rule in RULES if (r := rules.get(f"{task}_{rule}"))]),
             "ablation": table(["change", "parameters", "*oracle*, dB", "gain, dB", "*oracle* step", "at the end, dB", "ms per step"], [
                 [name, f"{c['parameters']:,}", show(c["oracle"]), show(c["gain"]), f"{c['step']['mean']:.0f}", f"{c['last']['mean']:.2f}", f"{c['ms']:.0f}"]
@@ -1080,7 +1078,7 @@ class DIP:
             ax.plot(range(1, len(curve) + 1), curve, color="k", label="running average")
             for mark, (rule, i) in zip("sD^v<>PX", result["best"].items()):
                 if i:
-                    ax.plot(i, (result["curves"]["psnr"] if rule in ITERATE else curve)[i - 1], mark, ms=7, alpha=0.8, label=RULES[rule])
+                    ax.plot(i, curve[i - 1], mark, ms=7, alpha=0.8, label=RULES[rule])
             ax.plot(int(curve.argmax()) + 1, curve.max(), "*", ms=14, mfc="gold", mec="k", label="oracle")
             ax.set(title=f"{view}: {task}", xlabel="DIP steps", ylabel="PSNR, dB")
             ax.set_ylim(float(curve.max()) - 9, float(curve.max()) + 1)
@@ -1166,7 +1164,7 @@ class Stop:
         return [*self.main.values(), *self.plain.values(), *self.twin.values(), *self.ablation.values(), *self.small.values()]
 
     def assemble(self) -> tuple[dict, dict]:
-        plain = {k: DIP.outcome(run.result()) for k, run in self.plain.items()}
+        plain = {k: DIP.outcome(run) for k, run in self.plain.items()}
         twin = {v: run.result() for v, run in self.twin.items()}
         main = {k: self.digest(run.result()) for k, run in self.main.items()}
         values, rows, versus = {}, [], []
@@ -1177,14 +1175,16 @@ class Stop:
             found = values[task] = {m: over(lambda k: main[k][m]) for m in ("gap", "psnr", "ssim", "expected", "error", "step")} | spread(main[k]["gap"] for k in keys)
             found |= {"error_size": over(lambda k: abs(main[k]["error"])), "oracle": over(lambda k: plain[k]["oracle"]["psnr"]), "gain": over(lambda k: main[k]["psnr"] - plain[k]["oracle"]["psnr"]),
                       "within": float(np.mean([abs(main[k]["error"]) < 0.5 for k in keys])),
+                      "within_before": float(np.mean([abs(main[k]["believed"]) < 0.5 for k in keys])),
                       "cost": over(lambda k: main[k]["seconds"] / (self.plain[k].result()["seconds"] * plain[k]["oracle"]["step"] / self.plain[k].steps))}
             rows.append([task, "**mirrored pair**", found["runs"], show(found["gap"], 3), *(f"{found[m]:.2f}" for m in ("median", "p90", "worst")),
                          f"{100 * found['failures']:.0f} %", show(found["psnr"]), "", ""])
-            for rule in ("discrepancy_tuned", "discrepancy", "budget", "wmv", "emv"):
+            for rule in (r for r in RULES if r != "held_out"):
+                iterate_gaps = over(lambda k: plain[k][rule]["iterate_gap"] - main[k]["gap"])
                 gaps, better = over(lambda k: plain[k][rule]["gap"] - main[k]["gap"]), over(lambda k: main[k]["psnr"] - plain[k][rule]["psnr"])
                 tail = spread(plain[k][rule]["gap"] for k in keys)
                 wins = float(np.mean([main[k]["psnr"] > plain[k][rule]["psnr"] for k in keys]))
-                found[rule] = {"gap": over(lambda k: plain[k][rule]["gap"]), "gaps": gaps, "better": better, "wins": wins} | tail
+                found[rule] = {"gap": over(lambda k: plain[k][rule]["gap"]), "gaps": gaps, "iterate_gaps": iterate_gaps, "better": better, "wins": wins} | tail
                 rows.append([task, RULES[rule], tail["runs"], show(found[rule]["gap"], 3), *(f"{tail[m]:.2f}" for m in ("median", "p90", "worst")),
                              f"{100 * tail['failures']:.0f} %", show(over(lambda k: plain[k][rule]["psnr"])), show(better), f"{100 * wins:.0f} %"])
         keys = [("denoise25", view, 0) for view in twin]
@@ -1194,14 +1194,14 @@ class Stop:
             values[f"two_{name}"] = {"psnr": by_photo(of), "better": by_photo({k: main[k]["psnr"] - of[k] for k in keys})}
             versus.append([f"two plain fits averaged, {label}", show(values[f"two_{name}"]["psnr"]), show(values[f"two_{name}"]["better"])])
         base = {k[1:]: self.digest(run.result()) for k, run in self.ablation.items() if k[0] == next(iter(self.ablation))[0]}
-        reference = {k: DIP.outcome(run.result())["oracle"]["psnr"] for k, run in self.small.items()}
+        small = {k: DIP.outcome(run) for k, run in self.small.items()}
         ablation = {}
         for name in dict.fromkeys(k[0] for k in self.ablation):
             runs = {k: self.digest(run.result()) for k, run in self.ablation.items() if k[0] == name}
             known = all(math.isfinite(r["error"]) for r in runs.values())
-            ablation[name] = {m: by_photo({k: r[m] for k, r in runs.items()}) for m in ("gap", "psnr", "seconds")} | {
+            ablation[name] = {m: by_photo({k: r[m] for k, r in runs.items()}) for m in ("gap", "psnr", "last", "seconds")} | {
                 "error": by_photo({k: r["error"] for k, r in runs.items()}) if known else None,
-                "gain": by_photo({k: r["psnr"] - reference[k[1:]] for k, r in runs.items()}), "worst": max(r["gap"] for r in runs.values()),
+                "gain": by_photo({k: r["psnr"] - small[k[1:]]["oracle"]["psnr"] for k, r in runs.items()}), "worst": max(r["gap"] for r in runs.values()),
                 "cost": by_photo({k: r["seconds"] / base[k[1:]]["seconds"] for k, r in runs.items()})}
         tables = {
             "main": table(["task", "rule", "runs", "mean gap, dB", "median", "P90", "worst", "gap > 1 dB", "delivered, dB", "pair − rule, dB", "pair wins"], rows),
@@ -1215,8 +1215,9 @@ class Stop:
             "stages": table(["stage", "S / σ", "t / T", "delivered at step", "PSNR against its own noisy target", "SSIM against it", "PSNR by its error meter", "*true* PSNR", "*true* SSIM"], [
                 [k, f"{x['ratio']:.2f}", f"{x['t']:.4f}", x["step"], f"{x['own_psnr']:.2f}", f"{x['own_ssim']:.3f}", f"{x['believed']:.2f}", f"{x['delivered']:.2f}", f"{x['ssim']:.3f}"]
                 for k, x in enumerate(self.example().result()["stages"])])}
-        ratio, spread = hybrid.expected_error.__defaults__
-        return {"main": values, "calibration": {"ratio": ratio, "spread": spread}, "ablation": {re.sub(r"\W+", "_", n).strip("_"): a for n, a in ablation.items()}}, tables
+        ratio, deviation = hybrid.expected_error.__defaults__
+        return {"main": values, "calibration": {"ratio": ratio, "spread": deviation},
+                "small": {rule: by_photo({k: o[rule]["psnr"] for k, o in small.items()}) for rule in ("oracle", "last", "discrepancy_tuned")}, "ablation": {re.sub(r"\W+", "_", n).strip("_"): a for n, a in ablation.items()}}, tables
 
     def example(self) -> Staged:
         return next(run for (name, *_), run in self.ablation.items() if name.startswith("four pairs"))
@@ -1226,7 +1227,8 @@ class Stop:
         """What a staged fit delivered, how far its last stage was from the best step of that stage's curve, and whether it knew."""
         last = result["stages"][-1]
         return {"psnr": result["psnr"], "ssim": result["ssim"], "gap": last["gap"], "step": last["step"], "expected": result["expected"],
-                "error": result["expected"] - result["psnr"], "seconds": result["seconds"]}
+                "error": result["expected"] - result["psnr"], "seconds": result["seconds"], "last": float(last.get("curve", [result["psnr"]])[-1]),
+                "believed": last.get("believed", math.nan) - result["psnr"]}
 
     def figures(self, values: dict) -> dict:
         return {"meter": self.meter, "gaps": self.gaps, "calibration": self.calibration, "film": self.film}
@@ -1248,8 +1250,8 @@ class Stop:
         figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained", sharey=True)
         for ax, task in zip(axes, self.TASKS):
             rows = {"mirrored pair": [self.digest(r.result())["gap"] for k, r in self.main.items() if k[0] == task]}
-            rows |= {RULES[rule]: [DIP.outcome(r.result())[rule]["gap"] for k, r in self.plain.items() if k[0] == task]
-                     for rule in ("discrepancy_tuned", "discrepancy", "budget", "wmv", "emv")}
+            rows |= {RULES[rule]: [DIP.outcome(r)[rule]["gap"] for k, r in self.plain.items() if k[0] == task]
+                     for rule in RULES if rule != "held_out"}
             for i, gaps in enumerate(rows.values()):
                 ax.plot([i + 0.25 * (j / len(gaps) - 0.5) for j in range(len(gaps))], [max(g, 1e-3) for g in gaps], "o", ms=4, alpha=0.6)
             ax.set_xticks(range(len(rows)), rows, rotation=30, ha="right", fontsize=8)

@@ -102,7 +102,8 @@ class Stage(NamedTuple):
 
     image: the stage's running average, of both networks where the link has a mirror. value: its estimated squared error,
     or, on y itself, its misfit in units of σ². best_step, best: the step of this stage to be delivered and its image. blended,
-    expected: the combination of all stages so far and its estimated squared error (NaN where nothing can estimate it).
+    expected: the combination of all stages so far and its estimated squared error (NaN where nothing can estimate it). stopped:
+    the stage has had enough; from then on best_step to expected stand still.
     """
     k: int
     link: Link
@@ -113,10 +114,12 @@ class Stage(NamedTuple):
     best: Tensor
     blended: Tensor
     expected: float
+    stopped: bool
 
 
 def staged_fit(y: Tensor, sigma: float, chain: Sequence[Link], fresh: Callable[[], tuple[nn.Module, Tensor]], steps: int,
-               generator: torch.Generator, *, mirrored: bool = True, warm: bool = False, patience: int = 30, **options) -> Iterator[Stage]:
+               generator: torch.Generator, *, mirrored: bool = True, warm: bool = False, patience: int = 30, watch: bool = False,
+               **options) -> Iterator[Stage]:
     """DIP on the states of a noising chain, in the order given, each stopped by its own error meter; at most `steps` a stage.
 
     Give the noisiest link first, as the reverse process does: then every meter is honest, also with `warm`. fresh() gives a
@@ -124,26 +127,27 @@ def staged_fit(y: Tensor, sigma: float, chain: Sequence[Link], fresh: Callable[[
     deliver their mean; otherwise one network per stage. warm: go on with the networks of the stage before. A stage ends
     `patience` steps after its least estimated risk. A link with S = 0 is plain DIP on y, where no complement exists: it stops
     when its misfit has fallen to the fraction of the noise that was left at the best step of the stage before (to σ² itself
-    if there was none), and counts for 0.7 in the blend. `options` go to dip.fit.
+    if there was none), and counts for 0.7 in the blend. watch: go on to `steps` after the last stage's stop, for a scorer who
+    wants to see what was missed. `options` go to dip.fit.
     """
     nets, fraction, blended, expected = [], 1.0, None, math.nan
     for k, link in enumerate(chain):
         links = [link, mirror(y, link)] if mirrored and link.S else [link]
         nets = nets[:len(links)] if warm and k else [fresh() for _ in links]
         fits = [dip.fit(x.q, lambda image: image, net, z, steps, generator, **options) for x, (net, z) in zip(links, nets)]
-        valley, before = dip.Valley(patience), (blended, expected)
+        valley, before, stopped = dip.Valley(patience), (blended, expected), False
         for pair in zip(*fits):
             images, i = [step.average for step in pair], pair[0].i
             image = sum(images) / len(images)
             misfit = (images[0] - link.q).square().mean().item() / (sigma ** 2 + link.S ** 2)
             value = misfit if not link.S else pair_risk(*images, y, sigma, link) if mirrored else risk(image, y, sigma, link)
-            stop = valley.record(i, value) if link.S else misfit <= fraction
-            if valley.best == i or not link.S:
+            over, stopped = stopped, stopped or (valley.record(i, value) if link.S else misfit <= fraction)
+            if not over and (valley.best == i or not link.S):
                 best, best_step, left, blended = image, i, misfit, image
                 expected = math.nan if not link.S else expected_error(value, *images, y, sigma, link) if mirrored else value
                 if before[0] is not None:
                     blended, expected = blend(*before, image, expected) if link.S else (0.3 * before[0] + 0.7 * image, math.nan)
-            yield Stage(k, link, i, image, value, best_step, best, blended, expected)
-            if stop:
+            yield Stage(k, link, i, image, value, best_step, best, blended, expected, stopped)
+            if stopped and not (watch and k == len(chain) - 1):
                 break
         fraction = left

@@ -205,6 +205,20 @@ def test_stages_deliver_their_least_risk_and_are_blended():
     assert torch.equal(last.blended, mix) and last.expected == expected and first.expected == least[0]
 
 
+@pytest.mark.parametrize("ratios", [(0.5, 1.0), (0.0, 0.5)])
+def test_watching_goes_on_but_changes_nothing(ratios):
+    _, y = small()
+    S = [r for r in ratios if r]
+    chain = ([] if len(S) == 2 else [hybrid.Link(1, 0.0, y)]) + hybrid.noising_chain(y, SIGMA, SCHEDULE, steps_for(*S), gen(1))
+    blind, seen = (list(hybrid.staged_fit(y, SIGMA, chain[::-1], starts(1), 100, gen(2), patience=5, watch=watch)) for watch in (False, True))
+    assert len(blind) < len(seen) and seen[-1].i == 100 and [s.stopped for s in blind].count(True) == 2
+    for a, b in zip(blind, seen):
+        assert (a.k, a.i, a.value, a.best_step, a.stopped) == (b.k, b.i, b.value, b.best_step, b.stopped)
+    for late in seen[len(blind):]:
+        assert late.stopped and late.best_step == blind[-1].best_step and torch.equal(late.blended, blind[-1].blended)
+        assert late.expected == blind[-1].expected or math.isnan(late.expected)
+
+
 def test_the_last_stage_stops_at_the_transferred_fraction():
     _, y = small()
     chain = [hybrid.Link(1, 0.0, y), *hybrid.noising_chain(y, SIGMA, SCHEDULE, steps_for(0.5), gen(1))]
