@@ -16,7 +16,7 @@ import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -820,7 +820,7 @@ class Scale(NamedTuple):
 
 SCALES = {
     "full": Scale(2600, 1250, 160, 400, 512, 40, {0: (5, 10, 20, 50, 100), 1: (5, 10, 20, 50, 100, 1000)}, TEST, 3,
-                  {"denoise15": 600, "denoise25": 500, "denoise50": 320, "superres4": 360, "random80": 360, "block": 450, "bigblock": 450}),
+                  {"denoise15": 800, "denoise25": 500, "denoise50": 320, "superres4": 360, "random80": 360, "block": 450, "bigblock": 450}),
     "quick": Scale(24, 12, 8, 60, 64, 4, {0: (5, 10, 20, 50, 100), 1: (5, 10, 20, 50, 100, 1000)}, TEST[:1], 1, dict.fromkeys(TASKS, 24)),
 }
 BUDGET = {"denoise15": 600, "denoise25": 425, "denoise50": 225, "superres4": 360, "random80": 300, "block": 450, "bigblock": 450}
@@ -1033,7 +1033,8 @@ class DIP:
                       "oracle": ("oracle", "psnr"), "oracle_step": ("oracle", "step"), "last": ("last", "psnr"),
                       "peak": ("peak", "psnr"), "peak_step": ("peak", "step"), "iterate_last": ("last", "iterate")}
             tasks[task] = {name: over_views(task, *what) for name, what in wanted.items()}
-            tasks[task] |= {"rule": chosen, "runs": sum(k[0] == task for k in outcomes)}
+            tasks[task] |= {"rule": chosen, "runs": sum(k[0] == task for k in outcomes),
+                            "unfinished": sum(k[0] == task and o["oracle"]["step"] > 0.99 * self.main[k].steps for k, o in outcomes.items())}
             for rule in RULES:
                 source = {("denoise25", v, 0): o for v, o in held.items()} if (task, rule) == ("denoise25", "held_out") else outcomes
                 seen = [o[rule] for k, o in source.items() if k[0] == task and rule in o]
@@ -1049,10 +1050,10 @@ class DIP:
                       "ms": 1000 * float(np.mean([r.result()["seconds"] / r.steps for k, r in self.ablation.items() if k[0] == name])),
                       "parameters": next(r for k, r in self.ablation.items() if k[0] == name).result()["parameters"]} for name in names}
         tables = {
-            "tasks": table(["task", "photos × seeds", "A⁺y, dB", "delivered, dB", "SSIM", "rule", "seconds", "*oracle*, dB", "*oracle* step", "at the end, dB"], [
+            "tasks": table(["task", "photos × seeds", "A⁺y, dB", "delivered, dB", "SSIM", "rule", "seconds", "*oracle*, dB", "*oracle* step", "still rising at the end", "at the end, dB"], [
                 [task, f"{t['oracle']['n']} × {t['runs'] // t['oracle']['n']}", f"{t['measured']['mean']:.2f}", show(t["delivered"]),
                  show(t["delivered_ssim"], 3), RULES[t["rule"]], f"{t['seconds']['mean']:.0f}", show(t["oracle"]), f"{t['oracle_step']['mean']:.0f}",
-                 f"{t['last']['mean']:.2f}"] for task, t in tasks.items()]),
+                 f"{t['unfinished']} of {t['runs']}", f"{t['last']['mean']:.2f}"] for task, t in tasks.items()]),
             "rules": table(["task", "rule", "runs", "mean gap, dB", "median", "P90", "worst", "gap > 1 dB", "fired", "delivered, dB",
                             "the iterate, dB", "its gap"], [
                 [task, RULES[rule], r["runs"], show(r["gap"]), f"{r['median']:.2f}", f"{r['p90']:.2f}", f"{r['worst']:.2f}",
@@ -1151,17 +1152,19 @@ class Stop:
             "σ believed × 0.7": {"belief": 0.7}, "σ believed × 1.3": {"belief": 1.3}, "σ estimated": {"belief": 0.0},
             "noise cut to [0, 1]": {"noise": "clipped"}, "Poisson noise": {"noise": "poisson"}, "salt-and-pepper noise": {"noise": "salt and pepper"},
             "perceptual term": {"extra": "perceptual", "model": photos}, "adversarial term": {"extra": "adversarial"},
-            "32 × 32 pixels": {"size": 32}, "128 × 128 pixels": {"size": 128},
+            "32 × 32 pixels": {"size": 32}, "128 × 128 pixels": {"size": 128, "steps": round(1.8 * fit["denoise25"])},
             "LEAK: stages of the clean image": {"ratios": (1.0, 0.5, 0.25, 0.1), "leak": True, "patience": 10 ** 6, "steps": fit["denoise25"] // 4, **slow}}
         whole = [view for view in views(scale.test) if view.endswith("whole")]
         self.ablation = {(name, view, 0): Staged(**{"photo": view, "task": "denoise25", "steps": fit["denoise25"], "size": 64} | change)
                          for name, change in changes.items() for view in whole}
         self.ablation |= {("Self-diffusion's stages", view, 0): SelfDiffusion(view, "denoise25", fit["denoise25"], size=64) for view in whole}
+        self.early = 3 * fit["denoise25"] // 10                                           # a step at which the meters of all sizes are compared
+        self.large = {("large", view, 0): Staged(view, "denoise25", self.early, size=256) for view in whole}
         self.small = {(view, 0): Fit(view, "denoise25", fit["denoise25"], size=64) for view in whole}
 
     @property
     def runs(self) -> list[Run]:
-        return [*self.main.values(), *self.plain.values(), *self.twin.values(), *self.ablation.values(), *self.small.values()]
+        return [*self.main.values(), *self.plain.values(), *self.twin.values(), *self.ablation.values(), *self.small.values(), *self.large.values()]
 
     def assemble(self) -> tuple[dict, dict]:
         plain = {k: DIP.outcome(run) for k, run in self.plain.items()}
@@ -1172,13 +1175,15 @@ class Stop:
             keys = [k for k in main if k[0] == task]
             def over(number):
                 return by_photo({k: number(k) for k in keys})
-            found = values[task] = {m: over(lambda k: main[k][m]) for m in ("gap", "psnr", "ssim", "expected", "error", "step")} | spread(main[k]["gap"] for k in keys)
+            found = values[task] = {m: over(lambda k: main[k][m]) for m in ("gap", "psnr", "ssim", "expected", "error", "step")} | {
+                "late": over(lambda k: abs(main[k]["late"]))} | spread(main[k]["gap"] for k in keys)
             found |= {"error_size": over(lambda k: abs(main[k]["error"])), "oracle": over(lambda k: plain[k]["oracle"]["psnr"]), "gain": over(lambda k: main[k]["psnr"] - plain[k]["oracle"]["psnr"]),
                       "within": float(np.mean([abs(main[k]["error"]) < 0.5 for k in keys])),
                       "within_before": float(np.mean([abs(main[k]["believed"]) < 0.5 for k in keys])),
+                      "updates": over(lambda k: 2 * min(main[k]["step"] + self.main[k].patience, self.main[k].steps) / plain[k]["oracle"]["step"]),
                       "cost": over(lambda k: main[k]["seconds"] / (self.plain[k].result()["seconds"] * plain[k]["oracle"]["step"] / self.plain[k].steps))}
             rows.append([task, "**mirrored pair**", found["runs"], show(found["gap"], 3), *(f"{found[m]:.2f}" for m in ("median", "p90", "worst")),
-                         f"{100 * found['failures']:.0f} %", show(found["psnr"]), "", ""])
+                         f"{100 * found['failures']:.0f} %", f"{found['late']['mean']:.0f}", show(found["psnr"]), "", ""])
             for rule in (r for r in RULES if r != "held_out"):
                 iterate_gaps = over(lambda k: plain[k][rule]["iterate_gap"] - main[k]["gap"])
                 gaps, better = over(lambda k: plain[k][rule]["gap"] - main[k]["gap"]), over(lambda k: main[k]["psnr"] - plain[k][rule]["psnr"])
@@ -1186,7 +1191,8 @@ class Stop:
                 wins = float(np.mean([main[k]["psnr"] > plain[k][rule]["psnr"] for k in keys]))
                 found[rule] = {"gap": over(lambda k: plain[k][rule]["gap"]), "gaps": gaps, "iterate_gaps": iterate_gaps, "better": better, "wins": wins} | tail
                 rows.append([task, RULES[rule], tail["runs"], show(found[rule]["gap"], 3), *(f"{tail[m]:.2f}" for m in ("median", "p90", "worst")),
-                             f"{100 * tail['failures']:.0f} %", show(over(lambda k: plain[k][rule]["psnr"])), show(better), f"{100 * wins:.0f} %"])
+                             f"{100 * tail['failures']:.0f} %",
+                             f"{over(lambda k: abs(plain[k][rule]['step'] - plain[k]['oracle']['step']))['mean']:.0f}", show(over(lambda k: plain[k][rule]["psnr"])), show(better), f"{100 * wins:.0f} %"])
         keys = [("denoise25", view, 0) for view in twin]
         for name, label in (("oracle", "*oracle* of each"), ("discrepancy_tuned", RULES["discrepancy_tuned"])):
             of = {k: score((self.plain[k].result()["pictures"][name] / 255 + twin[k[1]]["pictures"][name] / 255) / 2, twin[k[1]]["pictures"]["clean"] / 255)["psnr"]
@@ -1203,10 +1209,21 @@ class Stop:
                 "error": by_photo({k: r["error"] for k, r in runs.items()}) if known else None,
                 "gain": by_photo({k: r["psnr"] - small[k[1:]]["oracle"]["psnr"] for k, r in runs.items()}), "worst": max(r["gap"] for r in runs.values()),
                 "cost": by_photo({k: r["seconds"] / base[k[1:]]["seconds"] for k, r in runs.items()})}
+        sizes = {}
+        for size in (32, 64, 96, 128, 256):
+            runs = [r for r in (*self.ablation.values(), *self.main.values(), *self.large.values()) if isinstance(r, Staged) and r.size == size and
+                    replace(r, steps=0, seed=0, size=0) == Staged(r.photo, "denoise25", 0, size=0)]
+            curves = [r.result()["curves"] for r in runs]
+            misses = [c["believed"][self.early - 1].item() - 0.1 ** (c["psnr"][self.early - 1].item() / 10) for c in curves]
+            sizes[f"s{size}"] = {"runs": len(runs), "rms": float(np.mean(np.square(misses)) ** 0.5), "predicted": (25 / 255) ** 2 * math.sqrt(2 / (3 * size ** 2)),
+                                 "gap": by_photo({("", r.photo, r.seed): r.result()["stages"][-1]["gap"] for r in runs})}
         tables = {
-            "main": table(["task", "rule", "runs", "mean gap, dB", "median", "P90", "worst", "gap > 1 dB", "delivered, dB", "pair − rule, dB", "pair wins"], rows),
-            "gain": table(["task", "*oracle* of plain DIP, dB", "mirrored pair, dB", "difference", "expected − true, dB", "within 0.5 dB", "time / plain DIP's to its peak"], [
-                [t, show(v["oracle"]), show(v["psnr"]), show(v["gain"]), show(v["error"]), f"{100 * v['within']:.0f} %", show(v["cost"])]
+            "sizes": table(["pixels", "runs", f"RMS of meter − truth at step {self.early}, 10⁻⁴", "of which `σ²√(2/d)`, 10⁻⁴", "gap of the stop, dB"], [
+                [f"{k[1:]} × {k[1:]}", x["runs"], f"{1e4 * x['rms']:.2f}", f"{1e4 * x['predicted']:.2f}", show(x["gap"], 3) if k != "s256" else "not reached"]
+                for k, x in sizes.items()]),
+            "main": table(["task", "rule", "runs", "mean gap, dB", "median", "P90", "worst", "gap > 1 dB", "steps off", "delivered, dB", "pair − rule, dB", "pair wins"], rows),
+            "gain": table(["task", "*oracle* of plain DIP, dB", "mirrored pair, dB", "difference", "expected − true, dB", "within 0.5 dB", "updates / plain DIP's to its peak", "seconds / plain DIP's to its peak"], [
+                [t, show(v["oracle"]), show(v["psnr"]), show(v["gain"]), show(v["error"]), f"{100 * v['within']:.0f} %", show(v["updates"]), show(v["cost"])]
                 for t, v in ((t, values[t]) for t in self.TASKS)]),
             "control": table(["σ = 25, first seed", "PSNR, dB", "mirrored pair − it, dB"], versus),
             "ablation": table(["change", "gap, dB", "worst", "delivered, dB", "− *oracle* of plain DIP", "expected − true, dB", "seconds / as chosen"], [
@@ -1216,7 +1233,7 @@ class Stop:
                 [k, f"{x['ratio']:.2f}", f"{x['t']:.4f}", x["step"], f"{x['own_psnr']:.2f}", f"{x['own_ssim']:.3f}", f"{x['believed']:.2f}", f"{x['delivered']:.2f}", f"{x['ssim']:.3f}"]
                 for k, x in enumerate(self.example().result()["stages"])])}
         ratio, deviation = hybrid.expected_error.__defaults__
-        return {"main": values, "calibration": {"ratio": ratio, "spread": deviation},
+        return {"main": values, "calibration": {"ratio": ratio, "spread": deviation}, "sizes": sizes,
                 "small": {rule: by_photo({k: o[rule]["psnr"] for k, o in small.items()}) for rule in ("oracle", "last", "discrepancy_tuned")}, "ablation": {re.sub(r"\W+", "_", n).strip("_"): a for n, a in ablation.items()}}, tables
 
     def example(self) -> Staged:
@@ -1227,6 +1244,7 @@ class Stop:
         """What a staged fit delivered, how far its last stage was from the best step of that stage's curve, and whether it knew."""
         last = result["stages"][-1]
         return {"psnr": result["psnr"], "ssim": result["ssim"], "gap": last["gap"], "step": last["step"], "expected": result["expected"],
+                "late": last["step"] - 1 - int(torch.as_tensor(last["curve"]).argmax()) if "curve" in last else 0,
                 "error": result["expected"] - result["psnr"], "seconds": result["seconds"], "last": float(last.get("curve", [result["psnr"]])[-1]),
                 "believed": last.get("believed", math.nan) - result["psnr"]}
 
