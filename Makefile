@@ -14,7 +14,7 @@ help:
 	@echo "make figures  draw the figures again from the runs in .cache/"
 	@echo "make bench    where the time goes on this machine"
 	@echo "make restore IMAGE=photo.jpg TASK=denoise|inpaint|superres [SIGMA=25] [MASK=mask.png] [FACTOR=2]"
-	@echo "             [METHOD=dip|ddpm|staged] [OUT=result.png]     restore a photo of yours"
+	@echo "             [METHOD=dip|ddpm|staged|blend|handover|guided] [SAMPLES=4] [OUT=result.png]     restore a photo of yours"
 	@echo "make train IMAGES=folder [TRAIN_STEPS=1400] [OUT=samples.png]     a diffusion model of your own images;"
 	@echo "             then 'make restore … METHOD=ddpm IMAGES=folder' uses it"
 	@echo "make clean    forget the cache and the quick results (out/ stays)"
@@ -50,12 +50,13 @@ restore: export RESTORE_SIGMA := $(SIGMA)
 restore: export RESTORE_MASK := $(MASK)
 restore: export RESTORE_FACTOR := $(FACTOR)
 restore: export RESTORE_METHOD := $(METHOD)
+restore: export RESTORE_SAMPLES := $(SAMPLES)
 restore train: export RESTORE_OUT := $(OUT)
 restore train: export RESTORE_IMAGES := $(IMAGES)
 restore: .venv/ready
 	@$(PY) experiments.py restore --image "$$RESTORE_IMAGE" --task "$$RESTORE_TASK" --sigma "$$RESTORE_SIGMA" --mask "$$RESTORE_MASK" \
 	  --factor "$$RESTORE_FACTOR" --method "$${RESTORE_METHOD:-dip}" --out "$$RESTORE_OUT" \
-	  --images "$$RESTORE_IMAGES" $(if $(TRAIN_STEPS),--train-steps $(TRAIN_STEPS))
+	  --images "$$RESTORE_IMAGES" --samples "$$RESTORE_SAMPLES" $(if $(TRAIN_STEPS),--train-steps $(TRAIN_STEPS))
 
 train: .venv/ready
 	@$(PY) experiments.py train --images "$$RESTORE_IMAGES" --out "$$RESTORE_OUT" $(if $(TRAIN_STEPS),--train-steps $(TRAIN_STEPS))

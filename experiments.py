@@ -26,6 +26,7 @@ import skimage
 import torch
 import torch.nn as nn
 from PIL import Image, ImageOps
+from skimage.restoration import denoise_nl_means, denoise_tv_chambolle, inpaint_biharmonic
 from torch import Tensor
 from tqdm import tqdm
 
@@ -802,6 +803,326 @@ class Staged(Run):
             return penalty
 
 
+# ------------------------------------------------------------------- runs: DIP and the diffusion model together
+
+def subject(name: str, size: int) -> Tensor:
+    """A clean picture by name: a view of a photo, or "cat-7", the seventh of a fixed row of cats."""
+    if name.startswith("cat-"):
+        return render_cats(draw_cats(torch.Generator().manual_seed(9), 64, keep=everything))[[int(name[4:])]]
+    return photo_named(name, size)
+
+
+@dataclass(frozen=True)
+class ModelError(Run):
+    """v(t) of a trained model on its own kind of training pictures."""
+    model: Train
+    seed: int = 0
+    label, needs, cost = "model error", property(lambda self: (self.model,)), 60.0
+
+    def execute(self, progress) -> dict:
+        (denoise, schedule), generator = self.model.denoiser(), self.generator()
+        x0 = render_cats(draw_cats(generator, 64)) if self.model.data == "cats" else photo_patches(training_photos(), generator, 32)
+        ts = [1, 10, 20, 40, 70, *range(100, schedule.T + 1, 100)]
+        return {"v": hybrid.error_curve(denoise, schedule, x0.to(DEVICE), ts, generator)}
+
+
+class Pixels(nn.Module):
+    """Free pixels in place of a network: the prior that prefers nothing."""
+
+    def __init__(self, image: Tensor):
+        super().__init__()
+        self.image = nn.Parameter(image.clone())
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.image
+
+
+def classical_fill(name: str, y: Tensor, operator: dip.Operator, task: str) -> Tensor:
+    """What can be had without any network: A⁺y; bicubic or biharmonic interpolation; least total variation (all of y only)."""
+    start = operator.pinv(y)
+    if name == "pinv":
+        return start
+    if name == "fill" and task == "superres4":
+        return nn.functional.interpolate(y, size=start.shape[-2:], mode="bicubic").clamp(0, 1)
+    if name == "fill":
+        missing = (operator.A(torch.ones_like(start))[0, 0] == 0).cpu().numpy()
+        filled = inpaint_biharmonic(start[0].permute(1, 2, 0).cpu().numpy(), missing, channel_axis=-1)
+        return torch.from_numpy(filled).float().permute(2, 0, 1)[None].clamp(0, 1).to(y.device)
+
+    def variation(image, i):
+        return 0.005 * ((image[..., 1:, :] - image[..., :-1, :]).abs().mean() + (image[..., 1:] - image[..., :-1]).abs().mean())
+    *_, last = dip.fit(y, operator.A, Pixels(start), torch.zeros(1, 1, 1, 1, device=y.device), 400, torch.Generator(), penalty=variation)
+    return last.image.clamp(0, 1)
+
+
+class Entry(NamedTuple):
+    """One way into the reverse process, and through it."""
+    source: str = "dip"                             # who enters: "dip", "pinv", "fill", "tv", "other" (photo's DIP), or "noise"
+    after: int = 0                                                              # DIP updates before; 0: as fixed for the task
+    t: int = 0                                                                                  # the entrance; 0: by the rule
+    steps: int = 8
+    eta: float = 0.0
+    refits: int = 20                                                                        # DIP updates at every step; 0: none
+    weight: float = 0.3                                                              # of the model's guess in those updates
+    lean: bool = False                                                                 # fuse with f by inverse variance
+    samples: int = 1
+    consistent: bool = True
+
+
+@dataclass(frozen=True)
+class Enter(Run):
+    """Hybrid II on some pictures: one brief DIP each, handed over to the reverse process in several ways."""
+    names: tuple
+    task: str
+    model: Train
+    entries: tuple
+    size: int = 96
+    widths: tuple = (32, 32, 32, 32)
+    seed: int = 0
+    label = property(lambda self: f"enter {self.names[0]}")
+    needs = property(lambda self: (self.model, ModelError(self.model)))
+    cost = property(lambda self: len(self.names) * (0.25 if self.size == 32 else 1) * sum(
+        1 + e.steps * (0.04 * e.samples + 0.026 * e.refits) for e in self.entries))
+
+    def execute(self, progress) -> dict:
+        found = []
+        for i, name in enumerate(self.names):
+            found.append(self.one(name, lambda done: progress((i + done) / len(self.names), self.task)))
+        return {"rows": {n: f["rows"] for n, f in zip(self.names, found)}, "pictures": {n: f["pictures"] for n, f in zip(self.names, found)},
+                "seconds": sum(row["chain_seconds"] for f in found for row in f["rows"])}
+
+    def one(self, name: str, progress) -> dict:
+        clean, generator = subject(name, self.size).to(DEVICE), self.generator(f"{name}/{self.task}")   # the same measurement as in Fit
+        y, operator = measure(self.task, clean, generator)
+        unseen = (torch.rand(1, 1, *y.shape[-2:], generator=generator) < 0.05).float().to(DEVICE)
+        (denoise, schedule), v = self.model.denoiser(), ModelError(self.model).result()["v"]
+        stops = sorted({self.after(e) for e in self.entries})
+        brief = self.brief(y, operator, unseen, clean.shape, stops, self.generator(f"{name}/{self.task}/start 0"))
+        other, rows, pictures = {}, [], {"measured": operator.pinv(y), "clean": clean}
+        for k, entry in enumerate(self.entries):
+            f, state, held_out, spent = brief[self.after(entry)]
+            began = time.perf_counter()
+            if entry.source == "other":
+                twin = self.names[0] if name.startswith("cat-") else next(v for v in views(TEST) if v.split("-")[0] != name.split("-")[0])
+                if not other:
+                    theirs, _ = measure(self.task, subject(twin, self.size).to(DEVICE), self.generator(f"{twin}/{self.task}"))
+                    other |= self.brief(theirs, operator, 0 * unseen, clean.shape, [BRIEF[self.task]], self.generator(f"{twin}/start"))
+                f = other[BRIEF[self.task]][0]
+            elif entry.source != "dip":
+                f, spent = clean * 0 if entry.source == "noise" else classical_fill(entry.source, y, operator, self.task), 0.0
+            t = schedule.T if entry.source == "noise" else entry.t or hybrid.enter_step(schedule, held_out, KAPPA)
+            chain, network = self.generator(f"{name}/chain {k if entry.samples > 1 else 0}"), None
+            consistent = hybrid.agree(y, operator, 0.0, v) if entry.consistent else hybrid.in_turn()
+            hooks = [consistent]
+            if entry.lean:
+                hooks = [hybrid.lean_on(f, held_out, v), consistent]
+            if entry.refits:
+                network, z = fresh_dip(self.generator(f"{name}/{self.task}/start 0"), clean.shape[-2:], widths=self.widths)
+                if entry.source == "dip":
+                    network.load_state_dict(state)
+                again = hybrid.refit(y, operator.A, network, z, entry.refits, chain, range(1, t + 1), weight=entry.weight, amp=AMP)
+                hooks = [*hooks, again, consistent]
+            *_, last = hybrid.hand_over(f.expand(entry.samples, -1, -1, -1), denoise, schedule, t, entry.steps, chain, eta=entry.eta,
+                                        refine=hybrid.in_turn(*hooks))
+            images, seconds = ddpm.to_image(last.x), time.perf_counter() - began
+            mean = images.mean(0, keepdim=True)
+            rows.append({"psnr": float(np.mean([score(x[None].cpu(), clean.cpu())["psnr"] for x in images])), "t": t, "held_out": held_out,
+                         "ssim": float(np.mean([score(x[None].cpu(), clean.cpu())["ssim"] for x in images])), "mean_psnr": score(mean.cpu(), clean.cpu())["psnr"],
+                         "f_psnr": score(projection(f, y, operator).cpu(), clean.cpu())["psnr"], "evaluations": entry.steps * entry.samples,
+                         "updates": (self.after(entry) if entry.source == "dip" else 0) + entry.refits * (entry.steps + 1),
+                         "chain_seconds": seconds, "total_seconds": seconds + spent, "to_f": (images - f).square().mean().sqrt().item(),
+                         "diversity": (images - mean).square().mean().item() ** 0.5 * math.sqrt(2 * entry.samples / max(1, entry.samples - 1))})
+            pictures[f"entry {k}"] = mean
+            if entry.samples > 1:
+                pictures[f"map {k}"] = 4 * images.std(0, keepdim=True).mean(1, keepdim=True).expand(-1, 3, -1, -1)
+            progress((k + 1) / len(self.entries))
+        return {"rows": rows, "pictures": {n: to_bytes(p) for n, p in pictures.items()}}
+
+    def after(self, entry: Entry) -> int:
+        return entry.after or BRIEF[self.task]
+
+    def brief(self, y, operator, unseen, shape, stops, generator) -> dict:
+        """DIP updates → (average, weights, error on the measurements kept back, seconds)."""
+        network, z = fresh_dip(generator, shape[-2:], widths=self.widths)
+        found, spent, began = {}, 0.0, time.perf_counter()
+        for step in dip.fit(y * (1 - unseen), lambda x: operator.A(x) * (1 - unseen), network, z, stops[-1], generator, amp=AMP):
+            if step.i in stops:
+                spent += time.perf_counter() - began
+                weights = {n: w.clone() for n, w in network.state_dict().items()}
+                held_out = ((operator.A(step.average) - y).square() * unseen).sum().item() / max(1.0, unseen.expand_as(y).sum().item())
+                found[step.i] = step.average, weights, held_out, spent
+                began = time.perf_counter()
+        return found
+
+
+def projection(f: Tensor, y: Tensor, operator: dip.Operator) -> Tensor:
+    """f, made to agree with what was measured."""
+    return f + operator.pinv(y - operator.A(f))
+
+
+def smoother(name: str, schedule: ddpm.Schedule):
+    """A classical denoiser in the model's place, (xt, t) → x̂₀: total variation or non-local means at the level of noise of t."""
+    def denoise(xt: Tensor, t: int) -> Tensor:
+        sigma, image = ddpm.noise_level(schedule)[t].item(), ddpm.to_image(xt / schedule.alpha_bar[t].sqrt().item())[0].permute(1, 2, 0).cpu().numpy()
+        found = denoise_tv_chambolle(image, weight=sigma, channel_axis=-1) if name == "tv" else \
+            denoise_nl_means(image, 5, 6, h=0.6 * sigma, sigma=sigma, fast_mode=True, channel_axis=-1)
+        return ddpm.to_diffusion(torch.from_numpy(np.ascontiguousarray(found)).float().permute(2, 0, 1)[None]).to(xt.device)
+    return denoise
+
+
+@dataclass(frozen=True)
+class Guided(Run):
+    """Hybrid III on one picture: the curve of the running average of one fit, or of the mean of several."""
+    photo: str
+    task: str
+    steps: int
+    model: Train
+    strength: float = -1.0                                                                      # λ; negative: as fixed for the kind of task
+    high: float = 1.0                                   # first and last step of the chain, in units of the step that fits the noise
+    low: float = 1 / 3                                  # (noise-free: of NOISE_FREE's first step)
+    order: str = "down"                                                                             # or "random": between the two
+    refresh: int = 5
+    at: float = 1.0                                                                          # how far the model was trained
+    prior: str = "model"                                                                               # or "tv", "nlm"
+    free: bool = False                                                                     # pixels in place of the network
+    belief: float = 1.0
+    copies: int = 1
+    size: int = 96
+    seed: int = 0
+    label = property(lambda self: f"guided {self.photo}")
+    needs = property(lambda self: (self.model,))
+    cost = property(lambda self: self.copies * self.steps * (0.027 + 0.04 / self.refresh) * (self.size / 96) ** 2)
+
+    def execute(self, progress) -> dict:
+        clean, sigma = subject(self.photo, self.size).to(DEVICE), self.belief * TASKS[self.task] / 255
+        generator = self.generator(f"{self.photo}/{self.task}")
+        y, operator = measure(self.task, clean, generator)
+        (denoise, schedule), levels = self.model.denoiser(self.at), ddpm.noise_level(self.model.parts()[0])
+        denoise = denoise if self.prior == "model" else smoother(self.prior, schedule)
+        unit = ddpm.step_of(schedule, sigma) if sigma else NOISE_FREE["t"]
+        high, low = (max(1, round(unit * x)) for x in (self.high, self.low))
+        strength = self.strength if self.strength >= 0 else STRENGTH if sigma else NOISE_FREE["strength"]
+        fits, evaluations = [], [0]
+
+        def counted(xt, t):
+            evaluations[0] += 1
+            return denoise(xt, t)
+        for copy in range(self.copies):
+            start, noise = self.generator(f"{self.photo}/{self.task}/start {copy}"), self.generator(f"{self.photo}/guide {copy}")
+            network, z = (Pixels(operator.pinv(y)), torch.zeros(1, 1, 1, 1, device=DEVICE)) if self.free else fresh_dip(start, clean.shape[-2:])
+
+            def at(u, noise=noise):
+                return round(high + (low - high) * (u if self.order == "down" else float(torch.rand(1, generator=noise))))
+            fits.append(hybrid.guided_fit(y, operator.A, network, z, self.steps, start, counted, schedule, ts=at, noise=noise, refresh=self.refresh,
+                                          weight=lambda t: strength * ((sigma / levels[t].item()) ** 2 if sigma else 1.0), amp=None if self.free else AMP))
+        curve, best, seconds, began = [], None, 0.0, time.perf_counter()
+        for together in zip(*fits):
+            seconds += time.perf_counter() - began
+            image = sum(step.average for step in together) / self.copies
+            if not sigma:
+                image = projection(image, y, operator)
+            curve.append(metrics.psnr(image.clamp(0, 1), clean).item())
+            progress(together[0].i / self.steps, self.task)
+            began = time.perf_counter()
+        return {"curve": torch.tensor(curve), "seconds": seconds, "evaluations": evaluations[0],
+                "pictures": {"measured": to_bytes(operator.pinv(y)), "last": to_bytes(image), "clean": to_bytes(clean)}} | score(image.cpu(), clean.cpu())
+
+
+@dataclass(frozen=True)
+class Diffuse(Run):
+    """The diffusion model alone on one noisy photo: one step, a few steps, a mirrored pair; and its blend with a mirrored pair of DIPs."""
+    staged: Staged
+    model: Train
+    steps: int = 4
+    label = property(lambda self: f"diffuse {self.staged.photo}")
+    needs, cost = property(lambda self: (self.staged, self.model, ModelError(self.model))), 1.0
+
+    def execute(self, progress) -> dict:
+        run, stored = self.staged, self.staged.result()
+        clean, sigma, generator = photo_named(run.photo, run.size), TASKS[run.task] / 255, run.generator(f"{run.photo}/{run.task}")
+        y = corrupt(clean, run.noise, sigma, generator)                                              # as in Staged, and its link
+        link, = run.chain(y, sigma, run.generator(f"{run.photo}/{run.task}/stages 0"))
+        denoise, schedule = self.model.denoiser()
+
+        def alone(q, level, steps):
+            t = ddpm.step_of(schedule, level)
+            x = (ddpm.at(schedule.alpha_bar.sqrt(), t, q) * ddpm.to_diffusion(q)).to(DEVICE)
+            *_, last = ddpm.ddim(denoise, schedule, x, steps, torch.Generator(), t_start=t)
+            return ddpm.to_image(last.x).cpu()
+        found, began = {}, time.perf_counter()
+        found["one step"] = alone(y, sigma, 1)
+        found["diffusion"] = alone(y, sigma, self.steps)
+        seconds = {"one step": 0.0, "diffusion": time.perf_counter() - began}
+        began = time.perf_counter()
+        pair = [alone(q, math.hypot(sigma, link.S), self.steps) for q in (link.q, hybrid.mirror(y, link).q)]
+        found["diffusion pair"], f = sum(pair) / 2, stored["pictures"]["delivered"] / 255
+        risks = 10 ** (-stored["stages"][-1]["believed"] / 10), hybrid.pair_risk(*pair, y, sigma, link)
+        found["blend"], expected = hybrid.blend(f, risks[0], found["diffusion pair"], risks[1])
+        seconds["diffusion pair"] = time.perf_counter() - began
+        seconds["blend"] = seconds["half"] = seconds["diffusion pair"] + stored["seconds"]
+        found["half"] = (f + found["diffusion pair"]) / 2
+        v, unit, ts = ModelError(self.model).result()["v"], ddpm.step_of(schedule, sigma), {}
+        v = v * (max(risks[1], 1e-6) / v[unit].item())                                 # this photo's own scale of the model's error
+        for name, t in {"rule": hybrid.enter_step(schedule, risks[0]), **{f"t{t}": t for t in (10, 20, 40, 80, 160, 320, schedule.T)}}.items():
+            for lean in (False, True) if name == "rule" else (False,):
+                began, hook = time.perf_counter(), hybrid.agree(y.to(DEVICE), dip.identity(), sigma, v)
+                hook = hybrid.in_turn(hybrid.lean_on(f.to(DEVICE), risks[0], v), hook) if lean else hook
+                *_, last = hybrid.hand_over(f.to(DEVICE), denoise, schedule, t, 8, run.generator(f"{run.photo}/chain"), refine=hook)
+                name, ts[name] = name + " lean" * lean, t
+                found[name], seconds[name] = ddpm.to_image(last.x).cpu(), time.perf_counter() - began + stored["seconds"]
+        return {"rows": {n: score(x, clean) | {"seconds": seconds[n]} for n, x in found.items()}, "seconds": 3.0, "entrance": ts["rule"],
+                "expected": 10 * math.log10(1 / max(expected, 1e-6)), "believed": 10 * math.log10(1 / max(risks[1], 1e-6)),
+                "weight": float((found["blend"] - found["diffusion pair"]).norm() / (f - found["diffusion pair"]).norm().clamp(min=1e-9)),
+                "pictures": {n: to_bytes(x) for n, x in (found | {"measured": y, "clean": clean}).items()}}
+
+
+@dataclass(frozen=True)
+class HandOverCats(Run):
+    """DIP's pictures of 64 cats, handed over to a model at the step `t`, plainly: with how little training is it good enough?"""
+    model: Train
+    t: int
+    eye: LearnToSee
+    at: float = 1.0
+    task: str = "bigblock"
+    seed: int = 0
+    label, cost = "hand over cats", 12.0
+    needs = property(lambda self: (self.model, self.eye, BriefCats(self.task)))
+
+    def execute(self, progress) -> dict:
+        (denoise, schedule), brief = self.model.denoiser(self.at), BriefCats(self.task).result()
+        clean = torch.cat([subject(f"cat-{i}", 32) for i in range(64)])
+        _, operator = measure(self.task, clean[:1], torch.Generator())
+        y = operator.A(clean)
+        began = time.perf_counter()
+        *_, last = hybrid.hand_over(brief["f"].to(DEVICE), denoise, schedule, self.t, 8, self.generator(),
+                                    refine=hybrid.agree(y.to(DEVICE), operator, 0.0, torch.zeros(schedule.T + 1)))
+        images = ddpm.to_image(last.x).clamp(0, 1).cpu()
+        seconds, found = time.perf_counter() - began, examine(self.eye.eye(), images, torch.zeros(math.prod(CAT_FACTORS.values())))
+        *_, wild = ddpm.ddim(denoise, schedule, torch.randn(32, 3, 32, 32, generator=self.generator()).to(DEVICE), 20, self.generator())
+        lost = examine(self.eye.eye(), ddpm.to_image(wild.x).clamp(0, 1).cpu(), torch.zeros(math.prod(CAT_FACTORS.values())))
+        return {"psnr": metrics.psnr(images, clean).tolist(), "fidelity": found["fidelity"], "features": found["features"], "seconds": seconds,
+                "from_noise": lost["fidelity"]}
+
+
+@dataclass(frozen=True)
+class BriefCats(Run):
+    """DIP for a hundred updates on each of 64 damaged cats."""
+    task: str
+    seed: int = 0
+    label, cost = "brief DIP of cats", 60.0
+
+    def execute(self, progress) -> dict:
+        images, began = [], time.perf_counter()
+        for i in range(64):
+            clean, generator = subject(f"cat-{i}", 32).to(DEVICE), self.generator(f"cat-{i}/{self.task}")
+            y, operator = measure(self.task, clean, generator)
+            network, z = fresh_dip(generator, clean.shape[-2:])
+            *_, last = dip.fit(y, operator.A, network, z, BRIEF[self.task], generator, amp=AMP)
+            images.append(last.average.cpu())
+            progress(i / 64)
+        return {"f": torch.cat(images), "seconds": time.perf_counter() - began}
+
+
 # ------------------------------------------------------------------------------------------------ experiments
 
 class Scale(NamedTuple):
@@ -827,6 +1148,10 @@ BUDGET = {"denoise15": 600, "denoise25": 425, "denoise50": 225, "superres4": 360
 TAU = 0.92                                             # Morozov's constant, for the running average, on the development photos
 SNAPSHOTS = (25, 50, 100, 200, 300)                                                          # steps whose running average is kept
 PLACES = (-0.1, 1.1)                            # training steps of the cats: the middle of the chain, where fur and mouth are decided
+BRIEF = {"block": 100, "bigblock": 100, "superres4": 100, "random80": 200}                         # DIP updates before a handover
+KAPPA = 4.0                                             # the entrance: σ_t over DIP's error on measurements that it has not seen
+STRENGTH = 0.4                                                          # λ of guided fits to noisy photos
+NOISE_FREE = {"t": 300, "strength": 0.1}                                # … to noise-free measurements: first step, λ
 WMV, EMV = (80, 50), (0.05, 50, 50)         # window or weight, patience, first step: rescaled from fits of thousands of steps
 
 
@@ -1304,6 +1629,404 @@ def equal_steps(make, n: int, sigma: float = 25 / 255, high: float = 2.0, low: f
     return tuple(round(math.sqrt(ddpm.noise_level(s)[round(t)].item() ** 2 / sigma ** 2 - 1), 2) for t in np.linspace(*ends, n))
 
 
+def wholes(scale: Scale) -> list[str]:
+    return [view for view in views(scale.test) if view.endswith("whole")]
+
+
+class Entrance:
+    """How many steps of the chain does a brief DIP save, and at what quality?"""
+
+    TASKS = ("block", "bigblock", "random80", "superres4")
+    WAYS = {"hybrid II": Entry(), "plain restart": Entry(refits=0), "plain restart, guided by f": Entry(refits=0, lean=True),
+            "restart from A⁺y": Entry("pinv", refits=0), "restart from interpolation": Entry("fill", refits=0), "restart from TV": Entry("tv", refits=0),
+            "restart from another photo's DIP": Entry("other", refits=0), "interpolation, fresh DIP inside": Entry("fill"),
+            "diffusion alone, 10 steps": Entry("noise", steps=10, eta=0.85, refits=0), "diffusion alone, 50 steps": Entry("noise", steps=50, eta=0.85, refits=0),
+            "DIP's picture at t = T": Entry(t=1000, refits=0)}
+    GRID = {f"t = {t}": Entry(t=t) for t in (100, 200, 400, 700)}
+    ABLATION = {**{f"{n} DIP updates before": Entry(after=n) for n in (25, 50, 200)}, **{f"{k} steps": Entry(steps=k) for k in (1, 2, 4)},
+                "5 updates a step": Entry(refits=5), "model's weight 0.1": Entry(weight=0.1),
+                "model's weight 1": Entry(weight=1.0), "η = 1": Entry(eta=1.0), "no data consistency": Entry(consistent=False),
+                "A⁺y, fresh DIP inside": Entry("pinv"), "refits and fusion with f": Entry(lean=True),
+                **{f"8 samples, t = {t}": Entry(t=t, refits=0, samples=8) for t in (100, 300, 500, 700)},
+                **{f"diffusion alone, {k} steps": Entry("noise", steps=k, eta=0.85, refits=0) for k in (5, 20, 100)},
+                "diffusion alone, 50 steps, η = 0": Entry("noise", steps=50, refits=0)}
+    NETWORKS = {"width 16": (16,) * 4, "3 scales": (32,) * 3}
+    CATS = ("bigblock", "superres4")
+    CAT_WAYS = ("hybrid II", "plain restart", "restart from A⁺y", "restart from interpolation", "diffusion alone, 10 steps", "diffusion alone, 50 steps")
+
+    def __init__(self, scale: Scale):
+        s = self.scale = scale
+        photos, four = Train("photos", s.photos), wholes(s)
+        ways = tuple(self.WAYS.values())
+        self.main = {(task, view): Enter((view,), task, photos, ways) for task in self.TASKS for view in views(s.test)}
+        self.grid = {(task, view): Enter((view,), task, photos, tuple(self.GRID.values())) for task in self.TASKS for view in four}
+        self.ablation = {(task, view): Enter((view,), task, photos, tuple(self.ABLATION.values())) for task in ("block", "superres4") for view in four}
+        self.networks = {(name, task, view): Enter((view,), task, photos, (Entry(),), widths=widths)
+                         for name, widths in self.NETWORKS.items() for task in ("block", "superres4") for view in four}
+        self.cats = {task: Enter(tuple(f"cat-{i}" for i in range(min(64, s.samples))), task, Train("cats", s.cats, places=PLACES),
+                                 tuple(self.WAYS[w] for w in self.CAT_WAYS), size=32) for task in self.CATS}
+        self.eye, self.reference = LearnToSee(s.eye), RealCats(LearnToSee(s.eye), 4 * s.samples, seed=2)
+        dips, stop = DIP(s), Stop(s)
+        self.plain = {(task, view): dips.main[task, view, 0] if (task, view, 0) in dips.main else Fit(view, task, s.fit[task], unseen=0.05)
+                      for task in self.TASKS for view in views(s.test)}
+        self.noisy = {k: Diffuse(run, photos) for k, run in stop.main.items() if k[0] != "denoise15" and k[2] == 0}
+
+    @property
+    def runs(self) -> list[Run]:
+        return [*self.main.values(), *self.grid.values(), *self.ablation.values(), *self.networks.values(), *self.cats.values(), self.eye, self.reference,
+                *self.plain.values(), *self.noisy.values()]
+
+    def assemble(self) -> tuple[dict, dict]:
+        plain = {k: DIP.outcome(run) for k, run in self.plain.items()}
+        rows = {(task, view, way): row for (task, view), run in self.main.items() for way, row in zip(self.WAYS, run.result()["rows"][view])}
+        values, lines = {}, []
+        for task in self.TASKS:
+            seen = [view for t, view in self.main if t == task]
+            mine = {view: rows[task, view, "hybrid II"] for view in seen}
+            found = values[task] = {"dip": interval(plain[task, v]["held_out"]["psnr"] for v in seen), "dip_oracle": interval(plain[task, v]["oracle"]["psnr"] for v in seen),
+                                    "versus_dip": interval(mine[v]["psnr"] - plain[task, v]["held_out"]["psnr"] for v in seen),
+                                    "wins_dip": float(np.mean([mine[v]["psnr"] > plain[task, v]["held_out"]["psnr"] for v in seen])),
+                                    "dip_seconds": interval(plain[task, v]["held_out"]["seconds"] for v in seen),
+                                    "dip_steps": interval(plain[task, v]["held_out"]["step"] for v in seen),
+                                    "same_updates": interval(mine[v]["psnr"] - self.at_updates(task, v, mine[v]["updates"]) for v in seen),
+                                    "f": interval(r["f_psnr"] for r in mine.values()), "t": interval(r["t"] for r in mine.values())}
+            lines.append([task, "DIP alone, held-out pixels", 0, f"{found['dip_steps']['mean']:.0f}", show(found["dip"]), "",
+                          f"{found['dip_seconds']['mean']:.1f}", show(found["versus_dip"]), f"{100 * found['wins_dip']:.0f} %"])
+            for way in self.WAYS:
+                of = {v: rows[task, v, way] for v in seen}
+                entry = found[slug(way)] = {m: interval(r[m] for r in of.values()) for m in ("psnr", "ssim", "total_seconds", "updates", "evaluations")} | {
+                    "better": interval(mine[v]["psnr"] - of[v]["psnr"] for v in seen), "wins": float(np.mean([mine[v]["psnr"] > of[v]["psnr"] for v in seen]))}
+                lines.append([task, f"**{way}**" if way == "hybrid II" else way, f"{entry['evaluations']['mean']:.0f}", f"{entry['updates']['mean']:.0f}", show(entry["psnr"]), show(entry["ssim"], 3),
+                              f"{entry['total_seconds']['mean']:.1f}", *(("", "") if way == "hybrid II" else (show(entry["better"]), f"{100 * entry['wins']:.0f} %"))])
+            controls = [slug(w) for w in self.WAYS if w.startswith(("restart", "interpolation"))]
+            found["best_control"] = max(found[c]["psnr"]["mean"] for c in controls)
+            found["best_diffusion"] = max(found[slug(w)]["psnr"]["mean"] for w in self.WAYS if w.startswith("diffusion"))
+        grid, regret = {}, []
+        for (task, view), run in self.grid.items():
+            of = dict(zip(self.GRID, run.result()["rows"][view]))
+            for name, row in of.items():
+                grid.setdefault((task, name), []).append(row["psnr"])
+            regret.append(max(max(r["psnr"] for r in of.values()), rows[task, view, "hybrid II"]["psnr"]) - rows[task, view, "hybrid II"]["psnr"])
+            grid.setdefault((task, "by the rule"), []).append(rows[task, view, "hybrid II"]["psnr"])
+        values["regret"] = interval(regret)
+        ablation, reaches = {}, {}
+        for (task, view), run in self.ablation.items():
+            for name, row in zip(self.ABLATION, run.result()["rows"][view]):
+                ablation.setdefault((name, task), []).append((row, rows[task, view, "hybrid II"]))
+        for (name, task, view), run in self.networks.items():
+            ablation.setdefault((name, task), []).append((run.result()["rows"][view][0], rows[task, view, "hybrid II"]))
+        changes = {f"{slug(name)}_{task}": {"psnr": interval(a["psnr"] for a, _ in pairs), "gain": interval(a["psnr"] - b["psnr"] for a, b in pairs),
+                                            **{m: float(np.mean([a[m] for a, _ in pairs])) for m in ("diversity", "to_f", "mean_psnr", "f_psnr", "total_seconds", "updates", "evaluations")}}
+                   for (name, task), pairs in ablation.items()}
+        for task in self.TASKS:                                                       # evaluations to reach what 50 evaluations of diffusion alone reach
+            goal = values[task]["diffusion_alone_50_steps"]["psnr"]["mean"]
+            reaches[task] = {slug(w): bool(values[task][slug(w)]["psnr"]["mean"] >= goal) for w in ("hybrid II", "plain restart", "restart from A⁺y", "restart from interpolation")}
+        cats, cat_lines = {}, []
+        reference = self.reference.result()
+        for task, run in self.cats.items():
+            result = run.result()
+            for k, way in enumerate(self.CAT_WAYS):
+                of = [result["rows"][name][k] for name in run.names]
+                base = [result["rows"][name][0] for name in run.names]
+                found = examine(self.eye.eye(), torch.cat([result["pictures"][name][f"entry {k}"] for name in run.names]) / 255, torch.zeros(math.prod(CAT_FACTORS.values())))
+                entry = cats[f"{task}_{slug(way)}"] = {"psnr": interval(r["psnr"] for r in of), "f": interval(r["f_psnr"] for r in of), "better": interval(b["psnr"] - r["psnr"] for r, b in zip(of, base)),
+                                                       "fidelity": found["fidelity"], "entropy_least": min(found["entropy"].values()), "seconds": float(np.mean([r["total_seconds"] for r in of])),
+                                                       "frechet": metrics.frechet(found["features"], reference["features"])}
+                cat_lines.append([task, way, f"{of[0]['evaluations']}", show(entry["psnr"]), show(entry["better"]) if k else "", f"{entry['fidelity']:.3f}", f"{entry['frechet']:.1f}",
+                                  f"{100 * entry['entropy_least']:.0f} %", f"{entry['seconds']:.1f}"])
+        noisy, noisy_lines = {}, []
+        for task in ("denoise25", "denoise50"):
+            runs = {k: run.result()["rows"] for k, run in self.noisy.items() if k[0] == task}
+            pair = {k: self.noisy[k].staged.result()["psnr"] for k in runs}
+            noisy[task] = {slug(n): interval(r[n]["psnr"] for r in runs.values()) | {"gain": interval(r[n]["psnr"] - pair[k] for k, r in runs.items())} for n in next(iter(runs.values()))}
+            noisy[task] |= {"pair": interval(pair.values()), "regret": interval(max([r["rule"]["psnr"], *(r[f"t{t}"]["psnr"] for t in (10, 20, 40, 80, 160, 320))]) - r["rule"]["psnr"] for r in runs.values())}
+            names = {"one step": "diffusion alone, one step from y", "diffusion": "diffusion alone, four steps from y", "rule": "pair's picture restarted at the rule's step",
+                     "rule lean": "… guided by the pair's picture", **{f"t{t}": f"… restarted at t = {t}" for t in (20, 80, 320, 1000)}, "blend": "blend of both, by estimated risks"}
+            noisy_lines += [[task, "mirrored pair of DIPs (hybrid I)", show(noisy[task]["pair"]), ""], *([task, label, show(noisy[task][slug(n)]), show(noisy[task][slug(n)]["gain"])] for n, label in names.items())]
+        tables = {
+            "main": table(["task", "way", "evaluations", "DIP updates", "PSNR, dB", "SSIM", "seconds", "hybrid II − it, dB", "hybrid II wins"], lines),
+            "grid": table(["task", *self.GRID, "by the rule"], [[task, *(f"{np.mean(grid[task, n]):.2f}" for n in (*self.GRID, "by the rule"))] for task in self.TASKS]),
+            "ablation": table(["change", "task", "PSNR, dB", "gain, dB", "DIP updates", "evaluations", "seconds"], [
+                [name, task, f"{c['psnr']['mean']:.2f}", show(c["gain"]), f"{c['updates']:.0f}", f"{c['evaluations']:.0f}", f"{c['total_seconds']:.1f}"]
+                for (name, task), c in zip(ablation, changes.values()) if "samples" not in name]),
+            "diversity": table(["entrance", "task", "RMS distance between two samples", "RMS distance to f", "PSNR of one sample, dB", "PSNR of the mean of eight, dB"], [
+                [name.split(", ")[1], task, f"{c['diversity']:.4f}", f"{c['to_f']:.4f}", f"{c['psnr']['mean']:.2f}", f"{c['mean_psnr']:.2f}"]
+                for (name, task), c in zip(ablation, changes.values()) if "samples" in name]),
+            "cats": table(["task", "way", "evaluations", "PSNR, dB", "hybrid II − it, dB", "fidelity ↓", "Fréchet ↓", "least factor entropy ↑", "seconds"], cat_lines),
+            "noisy": table(["task", "way", "PSNR, dB", "− pair, dB"], noisy_lines)}
+        return {"main": values, "ablation": changes, "cats": cats, "noisy": noisy, "reaches": reaches, "kappa": KAPPA,
+                "grid": {f"{task}_{slug(n)}": float(np.mean(v)) for (task, n), v in grid.items()}}, tables
+
+    def at_updates(self, task: str, view: str, n: int) -> float:
+        """Plain DIP's PSNR after as many updates."""
+        curve = self.plain[task, view].result()["curves"]["average_psnr"]
+        return curve[min(round(n), len(curve)) - 1].item()
+
+    def figures(self, values: dict) -> dict:
+        return {"pictures": self.pictures, "cost": lambda: self.cost(values), "maps": self.maps}
+
+    def pictures(self):
+        rows = []
+        for task, view in zip(self.TASKS, wholes(self.scale) * 4):
+            result, plain = self.main[task, view].result(), self.plain[task, view].result()
+            stored, clean, row = result["pictures"][view], result["pictures"][view]["clean"] / 255, []
+            named = [("measured", stored["measured"]), ("DIP alone, honest stop", plain["pictures"]["held_out"])] + [
+                (way, stored[f"entry {list(self.WAYS).index(way)}"]) for way in ("diffusion alone, 50 steps", "plain restart", "hybrid II")]
+            for label, picture in named:
+                row.append((picture, f"{task if label == 'measured' else label}\n{score(picture / 255, clean)['psnr']:.2f} dB"))
+            rows.append([*row, (stored["clean"], view)])
+        return panels(rows, transpose=True)
+
+    def cost(self, values: dict):
+        figure, axes = plt.subplots(2, 4, figsize=(16, 7), layout="constrained", sharey="col")
+        for column, task in zip(axes.T, self.TASKS):
+            found = values["main"][task]
+            for ax, unit in zip(column, ("evaluations", "total_seconds")):
+                for mark, way in zip("*osv^<>PXDd", self.WAYS):
+                    entry = found[slug(way)]
+                    ax.plot(max(entry[unit]["mean"], 0.1), entry["psnr"]["mean"], mark, ms=14 if mark == "*" else 7, label=way)
+                if unit == "total_seconds":
+                    curves = torch.stack([self.plain[task, v].result()["curves"]["average_psnr"] for v in views(self.scale.test)])
+                    per_step = np.mean([self.plain[task, v].result()["seconds"] / curves.shape[1] for v in views(self.scale.test)])
+                    ax.plot([per_step * i for i in range(20, curves.shape[1] + 1)], curves.mean(0)[19:], "k-", lw=1, label="DIP alone, if stopped there")
+                else:
+                    ax.axhline(found["dip"]["mean"], color="k", lw=1, label="DIP alone, honest stop")
+                ax.set(xscale="log", xlabel="network evaluations" if unit == "evaluations" else "seconds, DIP's included", title=task)
+        axes[0, 0].set_ylabel("PSNR, dB"), axes[1, 0].set_ylabel("PSNR, dB")
+        axes[0, 3].legend(fontsize=6), axes[1, 3].legend(fontsize=6)
+        return figure
+
+    def maps(self):
+        view = wholes(self.scale)[0]
+        stored, names = self.ablation["block", view].result()["pictures"][view], list(self.ABLATION)
+        rows = [[(stored["measured"], "measured"), (stored["clean"], "truth")]]
+        for t in (100, 300, 500, 700):
+            k = names.index(f"8 samples, t = {t}")
+            rows.append([(stored[f"entry {k}"], f"mean of eight, entered at t = {t}"), (stored[f"map {k}"], "their deviation × 4")])
+        return panels(rows, transpose=True)
+
+
+def slug(name: str) -> str:
+    return re.sub(r"\W+", "_", name).strip("_")
+
+
+class Truncate:
+    """Does a prior that opens the chain late make training cheaper?"""
+
+    RANGES = {"all steps": 0, "t ≤ 500": 500, "t ≤ 250": 250}
+    MARKS = (1 / 8, 1 / 4, 1 / 2, 1.0)
+
+    def __init__(self, scale: Scale):
+        s = self.scale = scale
+        steps, self.eye, self.reference = 5 * s.short // 2, LearnToSee(s.eye), RealCats(LearnToSee(s.eye), 4 * s.samples, seed=2)
+        self.models = {(name, seed): Train("cats", steps, t_max=t, seed=seed) for name, t in self.RANGES.items() for seed in range(3)}
+        self.cats = {(name, entered, at, seed): HandOverCats(model, entered, self.eye, at) for (name, seed), model in self.models.items()
+                     for entered in (250, 500) if entered <= (model.t_max or 1000) for at in self.MARKS}
+        self.photo_models = {name: Train("photos", steps * 5 // 8, t_max=t) for name, t in self.RANGES.items()}
+        self.photos = {(name, at): DenoisePhotos(model, s.test, 25, at=at) for name, model in self.photo_models.items() for at in self.MARKS}
+
+    @property
+    def runs(self) -> list[Run]:
+        return [*self.models.values(), *self.cats.values(), *self.photo_models.values(), *self.photos.values(), self.reference]
+
+    def assemble(self) -> tuple[dict, dict]:
+        reference, values, lines, photo_lines = self.reference.result(), {}, [], []
+        keys = dict.fromkeys((name, entered) for name, entered, _, _ in self.cats)
+        for entered in (250, 500):
+            for name in (n for n, e in keys if e == entered):
+                for at in self.MARKS:
+                    of = [self.cats[name, entered, at, seed].result() for seed in range(3)]
+                    full = [self.cats["all steps", entered, at, seed].result() for seed in range(3)]
+                    found = values[f"{slug(name)}_e{entered}_at{round(100 * at)}"] = {
+                        "psnr": interval(np.mean([r["psnr"] for r in of], 0)), "gain": interval(np.mean([r["psnr"] for r in of], 0) - np.mean([r["psnr"] for r in full], 0)),
+                        "fidelity": interval(r["fidelity"] for r in of), "frechet": interval(metrics.frechet(r["features"], reference["features"]) for r in of),
+                        "from_noise": interval(r["from_noise"] for r in of)}
+                    lines.append([f"t = {entered}", name, round(at * self.models["all steps", 0].steps), show(found["psnr"]), show(found["gain"]), f"{found['fidelity']['mean']:.4f}",
+                                  f"{found['frechet']['mean']:.0f}", f"{found['from_noise']['mean']:.3f}"])
+        for name in self.RANGES:
+            for at in self.MARKS:
+                rows, full = (self.photos[n, at].result()["rows"] for n in (name, "all steps"))
+                found = values[f"photos_{slug(name)}_at{round(100 * at)}"] = {"psnr": interval(r["psnr"] for r in rows.values()), "gain": interval(rows[v]["psnr"] - full[v]["psnr"] for v in rows)}
+                photo_lines.append([name, round(at * self.photo_models[name].steps), show(found["psnr"]), show(found["gain"])])
+        return values, {"cats": table(["entered at", "trained on", "training steps", "PSNR, dB", "− all steps, dB", "fidelity ↓", "Fréchet ↓", "fidelity from pure noise ↓"], lines),
+                        "photos": table(["trained on", "training steps", "PSNR at σ = 25, dB", "− all steps, dB"], photo_lines)}
+
+    def figures(self, values: dict) -> dict:
+        return {"training": lambda: self.training(values)}
+
+    def training(self, values: dict):
+        figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+        for ax, entered in zip(axes, (250, 500)):
+            for name in dict.fromkeys(n for n, e, _, _ in self.cats if e == entered):
+                found = [values[f"{slug(name)}_e{entered}_at{round(100 * at)}"]["psnr"]["mean"] for at in self.MARKS]
+                ax.plot([at * self.models[name, 0].steps for at in self.MARKS], found, "o-", label=name)
+            ax.set(title=f"cats, big block, entered at t = {entered}", xlabel="training steps", ylabel="PSNR, dB")
+            ax.legend()
+        for name in self.RANGES:
+            axes[2].plot([at * self.photo_models[name].steps for at in self.MARKS], [values[f"photos_{slug(name)}_at{round(100 * at)}"]["psnr"]["mean"] for at in self.MARKS], "o-", label=name)
+        axes[2].set(title="photos, one step at σ = 25", xlabel="training steps")
+        axes[2].legend()
+        return figure
+
+
+class Guide:
+    """Does a learned prior make early stopping unnecessary?"""
+
+    TASKS = ("denoise25", "denoise50", "block", "random80", "superres4")
+
+    def __init__(self, scale: Scale):
+        s = self.scale = scale
+        photos, cats, four = Train("photos", s.photos), Train("cats", s.cats, places=PLACES), wholes(s)
+        def steps(task):
+            return round(1.6 * s.fit[task]) if TASKS[task] else s.fit[task]
+        self.main = {(task, view): Guided(view, task, steps(task), photos) for task in self.TASKS for view in views(s.test)}
+        self.off = {view: Guided(view, "denoise25", steps("denoise25"), photos, 0.0, refresh=10 ** 6) for view in views(s.test)}
+        changes = {"as chosen": {}, "score off (λ = 0)": {"strength": 0.0, "refresh": 10 ** 6}, "λ = 0.1": {"strength": 0.1}, "λ = 0.8": {"strength": 0.8},
+                   "λ = 1.6": {"strength": 1.6}, "λ = 6.4": {"strength": 6.4}, "CNN off (free pixels)": {"free": True}, "TV in the model's place": {"prior": "tv"}, "non-local means in the model's place": {"prior": "nlm"},
+                   "fixed t": {"low": 1.0}, "random t": {"order": "random"}, "refresh 20": {"refresh": 20},
+                   "model after 1/8 of its training": {"at": 1 / 8}, "model after 1/4": {"at": 1 / 4}, "cats' model (out of domain)": {"model": cats},
+                   "σ believed × 0.7": {"belief": 0.7}, "σ believed × 1.3": {"belief": 1.3}, "two fits averaged": {"copies": 2}}
+        self.ablation = {(name, view): Guided(**{"photo": view, "task": "denoise25", "steps": steps("denoise25"), "model": photos, "size": 64} | change)
+                         for name, change in changes.items() for view in four}
+        self.foreign = {(name, f"cat-{i}"): Guided(f"cat-{i}", "denoise25", steps("denoise25"), model, size=32, **more) for i in range(4)
+                        for name, model, more in (("photos' model", photos, {}), ("cats' model", cats, {}), ("no model", photos, {"strength": 0.0, "refresh": 10 ** 6}))}
+
+    @property
+    def runs(self) -> list[Run]:
+        return [*self.main.values(), *self.off.values(), *self.ablation.values(), *self.foreign.values()]
+
+    @staticmethod
+    def digest(run: Guided) -> dict:
+        result = run.result()
+        curve = result["curve"]
+        return {"psnr": result["psnr"], "ssim": result["ssim"], "peak": curve.max().item(), "loss": float(curve.max() - curve[-1]), "seconds": result["seconds"],
+                "evaluations": result["evaluations"], "step": int(curve.argmax()) + 1}
+
+    def assemble(self) -> tuple[dict, dict]:
+        main, off = ({k: self.digest(r) for k, r in runs.items()} for runs in (self.main, self.off))
+        ablation, foreign = ({k: self.digest(r) for k, r in runs.items()} for runs in (self.ablation, self.foreign))
+        def over(found):
+            return {m: interval(d[m] for d in found.values()) for m in ("psnr", "ssim", "peak", "loss", "seconds", "evaluations", "step")}
+        values = {task: over({k: d for k, d in main.items() if k[0] == task}) for task in self.TASKS} | {"off": over(off)}
+        values["gain_off"] = interval(main["denoise25", v]["psnr"] - off[v]["peak"] for v in off)
+        names, kinds = (list(dict.fromkeys(name for name, _ in found)) for found in (ablation, foreign))
+        changes = {n: over({k: d for k, d in ablation.items() if k[0] == n}) | {"gain": interval(d["psnr"] - ablation["as chosen", k[1]]["psnr"] for k, d in ablation.items() if k[0] == n)}
+                   for n in names}
+        others = {n: over({k: d for k, d in foreign.items() if k[0] == n}) for n in kinds}
+        def line(name, m):
+            return [name, show(m["psnr"]), show(m["peak"]), show(m["loss"]), f"{m['step']['mean']:.0f}", f"{m['evaluations']['mean']:.0f}", f"{m['seconds']['mean']:.0f}"]
+        columns = ["last step, dB", "*peak*, dB", "lost since the peak, dB", "*peak at step*", "evaluations", "seconds"]
+        tables = {"main": table(["task", *columns], [*(line(t, values[t]) for t in self.TASKS), line("denoise25, score off", values["off"])]),
+                  "ablation": table(["change", *columns, "− as chosen, dB"], [[*line(n, m), show(m["gain"])] for n, m in changes.items()]),
+                  "foreign": table(["cats with noise σ = 25", *columns], [line(n, m) for n, m in others.items()])}
+        return {"main": values, "ablation": {slug(n): m for n, m in changes.items()}, "foreign": {slug(n): m for n, m in others.items()},
+                "strength": STRENGTH, "free_strength": NOISE_FREE["strength"]}, tables
+
+    def figures(self, values: dict) -> dict:
+        return {"curves": self.curves}
+
+    def curves(self):
+        figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+        for view, color in zip(wholes(self.scale), ("C0", "C1", "C2", "C3")):
+            axes[0].plot(self.main["denoise25", view].result()["curve"], color=color, label=view)
+            axes[0].plot(self.off[view].result()["curve"], color=color, ls=":")
+        axes[0].set(title="σ = 25: guided (lines), score off (dotted)", xlabel="DIP updates", ylabel="PSNR of the running average, dB")
+        axes[0].legend(fontsize=8)
+        for ax, wanted in ((axes[1], ("as chosen", "score off (λ = 0)", "λ = 0.1", "λ = 0.8", "λ = 1.6", "λ = 6.4")),
+                           (axes[2], ("as chosen", "CNN off (free pixels)", "TV in the model's place", "non-local means in the model's place", "cats' model (out of domain)", "model after 1/8 of its training"))):
+            for name in wanted:
+                ax.plot(torch.stack([r.result()["curve"] for k, r in self.ablation.items() if k[0] == name]).mean(0), label=name)
+            ax.set(xlabel="DIP updates", title="four photos of 64 × 64 pixels")
+            ax.legend(fontsize=8)
+        for ax in axes:
+            ax.set_ylim(bottom=max(line.get_ydata().max() for line in ax.lines) - 9)
+        return figure
+
+
+class Final:
+    """Which method would you use?"""
+
+    TASKS = ("denoise25", "denoise50", "block", "random80", "superres4")
+    HEADLINE = {"denoise25": "blend", "denoise50": "blend", "block": "hybrid II", "random80": "hybrid III", "superres4": "hybrid II"}
+
+    def __init__(self, scale: Scale):
+        s = self.scale = scale
+        photos, seeds, dips, stop, guide = Train("photos", s.photos), range(min(2, s.seeds)), DIP(s), Stop(s), Guide(s)
+        keys = [(task, view, seed) for task in self.TASKS for view in views(s.test) for seed in seeds]
+        self.plain = {(t, v, n): dips.main.get((t, v, n)) or Fit(v, t, s.fit[t], unseen=0.0 if TASKS[t] else 0.05, seed=n) for t, v, n in keys}
+        self.diffuse = {k: Diffuse(stop.main.get(k) or Staged(k[1], k[0], round(1.16 * s.fit[k[0]]), seed=k[2]), photos) for k in keys if TASKS[k[0]]}
+        second = ("hybrid II", "restart from interpolation", "diffusion alone, 50 steps")
+        entrance = Entrance(s)
+        self.ways = {0: list(Entrance.WAYS), 1: list(second)}
+        self.enter = {k: entrance.main[k[:2]] if k[2] == 0 else Enter((k[1],), k[0], photos, tuple(Entrance.WAYS[w] for w in second), seed=k[2]) for k in keys if not TASKS[k[0]]}
+        self.guided = {(t, v, 0): guide.main[t, v] for t, v, n in keys if n == 0}
+        self.twin = {("denoise25", view, 0): run for view, run in stop.twin.items()} | {
+            (t, v, 0): Fit(v, t, s.fit[t], unseen=0.0 if TASKS[t] else 0.05, start=1) for t in self.TASKS[1:] for v in wholes(s)}
+
+    @property
+    def runs(self) -> list[Run]:
+        return [*self.plain.values(), *self.diffuse.values(), *self.enter.values(), *self.guided.values(), *self.twin.values()]
+
+    def methods(self, task: str) -> dict:
+        """Method → {(task, photo, seed): {psnr, ssim, seconds}}."""
+        keys, rule = [k for k in self.plain if k[0] == task], "discrepancy_tuned" if TASKS[task] else "held_out"
+        found = {"DIP alone, best honest stop": {k: DIP.outcome(self.plain[k])[rule] for k in keys}, "DIP alone, *oracle*": {k: DIP.outcome(self.plain[k])["oracle"] for k in keys}}
+        if TASKS[task]:
+            rows = {k: self.diffuse[k].result()["rows"] for k in keys}
+            staged = {k: self.diffuse[k].staged.result() for k in keys}
+            found |= {label: {k: r[n] for k, r in rows.items()} for n, label in (("diffusion", "diffusion alone"), ("one step", "diffusion alone, one step"), ("diffusion pair", "two diffusion estimates averaged"))}
+            found |= {"hybrid I": {k: {m: staged[k][m] for m in ("psnr", "ssim", "seconds")} for k in keys}, "hybrid II": {k: r["rule lean"] for k, r in rows.items()},
+                      "blend": {k: r["blend"] for k, r in rows.items()}, "DIP pair and diffusion, half each": {k: r["half"] for k, r in rows.items()}}
+        else:
+            rows = {k: dict(zip(self.ways[k[2]], self.enter[k].result()["rows"][k[1]])) for k in keys}
+            found |= {label: {k: {"psnr": r[n]["psnr"], "ssim": r[n]["ssim"], "seconds": r[n]["total_seconds"]} for k, r in rows.items()} for n, label in (
+                ("diffusion alone, 50 steps", "diffusion alone"), ("restart from interpolation", "restart from interpolation"), ("hybrid II", "hybrid II"))}
+        found["hybrid III"] = {k: {m: r[m] for m in ("psnr", "ssim", "seconds")} for k, r in ((k, run.result()) for k, run in self.guided.items() if k[0] == task)}
+        pairs = {k: [run.result() for run in (self.plain[k], twin)] for k, twin in self.twin.items() if k[0] == task}
+        found["two DIPs averaged"] = {k: score(sum(r["pictures"][rule] / 255 for r in two) / 2, two[0]["pictures"]["clean"] / 255) | {"seconds": sum(r["seconds"] for r in two)} for k, two in pairs.items()}
+        return found
+
+    def assemble(self) -> tuple[dict, dict]:
+        values, lines, decision = {}, [], []
+        for task in self.TASKS:
+            methods = self.methods(task)
+            dip_alone, alone = methods["DIP alone, best honest stop"], methods["diffusion alone"]
+            of = values[task] = {}
+            for name, rows in methods.items():
+                entry = of[slug(name)] = {m: by_photo({k: r[m] for k, r in rows.items()}) for m in ("psnr", "ssim", "seconds")} | {
+                    "over_dip": by_photo({k: r["psnr"] - dip_alone[k]["psnr"] for k, r in rows.items()}), "over_diffusion": by_photo({k: r["psnr"] - alone[k]["psnr"] for k, r in rows.items()}),
+                    "wins": float(np.mean([r["psnr"] > max(dip_alone[k]["psnr"], alone[k]["psnr"]) for k, r in rows.items()])), "runs": len(rows)}
+                lines.append([task, f"**{name}**" if name == self.HEADLINE[task] else name, entry["runs"], show(entry["psnr"]), show(entry["ssim"], 3), f"{entry['seconds']['mean']:.1f}",
+                              show(entry["over_dip"]), show(entry["over_diffusion"]), f"{100 * entry['wins']:.0f} %"])
+            chosen = of[slug(self.HEADLINE[task])]
+            better = "over_dip" if of["DIP_alone_best_honest_stop"]["psnr"]["mean"] > of["diffusion_alone"]["psnr"]["mean"] else "over_diffusion"
+            of["headline"] = chosen | {"over_better": chosen[better]}
+            of["best_hybrid"] = max(of[h]["psnr"]["mean"] for h in ("hybrid_I", "hybrid_II", "hybrid_III", "blend") if h in of)
+            decision.append([task, self.HEADLINE[task], show(chosen["psnr"]), show(chosen["over_dip"]), show(chosen["over_diffusion"]), f"{100 * chosen['wins']:.0f} %", f"{chosen['seconds']['mean']:.1f}"])
+        values["gain"] = float(np.mean([values[t]["headline"]["over_better"]["mean"] for t in self.TASKS]))
+        values["won"] = sum(min(values[t]["headline"][m]["low"] for m in ("over_dip", "over_diffusion")) > 0 for t in self.TASKS)
+        return values, {"main": table(["task", "method", "runs", "PSNR, dB", "SSIM", "seconds", "− DIP alone, dB", "− diffusion alone, dB", "beats both parents"], lines),
+                        "decision": table(["task", "method chosen beforehand", "PSNR, dB", "− DIP alone, dB", "− diffusion alone, dB", "beats both parents", "seconds"], decision)}
+
+    def figures(self, values: dict) -> dict:
+        return {"answer": self.answer}
+
+    def answer(self):
+        """One photo per task: measured, both parents, the hybrid chosen for the task, truth."""
+        columns = []
+        for task, view in zip(self.TASKS, wholes(self.scale) * 2):
+            key, noisy = (task, view, 0), bool(TASKS[task])
+            plain = self.plain[key].result()["pictures"]
+            stored = self.diffuse[key].result()["pictures"] if noisy else self.enter[key].result()["pictures"][view]
+            alone = stored["diffusion"] if noisy else stored[f"entry {self.ways[0].index('diffusion alone, 50 steps')}"]
+            best = stored["blend"] if noisy else self.guided[key].result()["pictures"]["last"] if self.HEADLINE[task] == "hybrid III" else stored["entry 0"]
+            column = [(plain["measured"], task)]
+            for label, picture in (("DIP alone", plain["discrepancy_tuned" if noisy else "held_out"]), ("diffusion alone", alone), (self.HEADLINE[task], best)):
+                column.append((picture, f"{label}, {score(picture / 255, plain['clean'] / 255)['psnr']:.2f} dB"))
+            columns.append([*column, (plain["clean"], view)])
+        return panels(columns, transpose=True)
+
+
 EXPERIMENTS = {"ddpm": DDPM, "dip": DIP, "stop": Stop}
 
 
@@ -1580,12 +2303,19 @@ def train(images: str, out: str = "", train_steps: int = 0) -> None:
 
 
 def restore(image: str, task: str, method: str = "dip", sigma: str = "", mask: str = "", factor: str = "", out: str = "", steps: int = 0,
-            images: str = "", train_steps: int = 0) -> None:
+            images: str = "", train_steps: int = 0, samples: str = "") -> None:
     """Restore a photo from a file; writes the result and a before/after picture beside it."""
     if task not in ("denoise", "inpaint", "superres"):
         raise Refusal(f"unknown task {task!r}: choose denoise, inpaint or superres")
-    if method not in ("dip", "ddpm", "staged"):
-        raise Refusal(f"unknown method {method!r}: choose dip, ddpm or staged")
+    if method not in ("dip", "ddpm", "staged", "blend", "handover", "guided"):
+        raise Refusal(f"unknown method {method!r}: choose dip, ddpm, staged, blend, handover or guided")
+    if method == "blend" and task != "denoise":
+        raise Refusal("METHOD=blend weighs two denoised photos by their estimated errors, so it denoises only: choose TASK=denoise, or METHOD=handover or guided")
+    if method == "handover" and task == "denoise":
+        raise Refusal("METHOD=handover gains nothing on noise, where the photo itself opens the chain: choose METHOD=blend, or TASK=inpaint or superres")
+    count = int(number(samples or "1", "SAMPLES", 1, 64))
+    if count > 1 and method != "handover":
+        raise Refusal("SAMPLES=… draws alternatives of METHOD=handover; leave it out or choose that method")
     if method == "staged" and task != "denoise":
         raise Refusal("METHOD=staged judges itself by the noise it adds to a noisy photo, so it denoises only: choose TASK=denoise, or METHOD=dip or ddpm")
     y = read_image(image).to(DEVICE)
@@ -1620,7 +2350,19 @@ def restore(image: str, task: str, method: str = "dip", sigma: str = "", mask: s
     if method == "dip":
         estimate = restore_dip(y, operator, task, shape, steps)
     elif method == "staged":
-        estimate = restore_staged(y, level, steps)
+        estimate = restore_staged(y, level, steps)[0]
+    elif method == "blend":
+        estimate = restore_blend(y, level, steps, model)
+    elif method == "handover":
+        alternatives = restore_handover(y, operator, shape, steps, model, count)
+        estimate = alternatives.mean(0, keepdim=True)
+        for i, image in enumerate(alternatives if count > 1 else []):
+            save_picture(image[None], target.with_name(f"{target.stem}-{i + 1}{target.suffix}"))
+        if count > 1:
+            save_picture(4 * alternatives.std(0, keepdim=True).mean(1, keepdim=True), target.with_name(f"{target.stem}-disagreement.png"))
+            print(f"{count} alternatives, their mean and their disagreement (deviation × 4) written")
+    elif method == "guided":
+        estimate = restore_guided(y, operator, level, shape, steps, model)
     else:
         estimate = restore_ddpm(y, operator, task, level, shape, steps, model)
     if task == "inpaint":
@@ -1677,27 +2419,90 @@ def cropped_dip(generator: torch.Generator, shape, channels: int) -> tuple[dip.H
     return net, z
 
 
-def restore_staged(y, level, steps) -> Tensor:
-    """Hybrid I: a mirrored pair of fits at S = σ/4, which says when it stopped and how good it believes to be."""
+def restore_staged(y, level, steps) -> tuple[Tensor, float, hybrid.Link]:
+    """Hybrid I: a mirrored pair of fits at S = σ/4, which says when it stopped and how good it believes to be; with its estimated
+    error and its link."""
     seed = int.from_bytes(hashlib.sha256(y.cpu().numpy().tobytes()).digest()[:7], "little")      # never that of noise added by hand
     steps, generator = steps or 2000, torch.Generator().manual_seed(seed)
     chain = noisier(y, level, [0.25], generator)
     bar = tqdm(total=steps, desc="DIP, mirrored pair")
     for stage in hybrid.staged_fit(y, level, chain, lambda: cropped_dip(generator, y.shape[-2:], y.shape[1]), steps, generator, amp=AMP):
+        least = stage.value if stage.best_step == stage.i else least
         expected = -10 * math.log10(max(stage.expected, 1e-6))
         bar.set_postfix_str(f"expected PSNR {expected:.1f} dB", refresh=False)
         bar.update()
     bar.close()
     print(f"stopped after {stage.i} steps, least estimated error at step {stage.best_step}: expected PSNR {expected:.1f} dB")
-    return stage.blended
+    return stage.blended, least, chain[0]
+
+
+def ready(model: Train):
+    """The trained model and its schedule; trained now where that has not happened yet."""
+    if not model.path.exists():
+        print("no trained model yet: training it once, about a quarter of an hour; it is kept in .cache")
+        execute([model], 1)
+    return model.denoiser()
+
+
+def denoise_by_diffusion(denoise, schedule, y: Tensor, sigma: float, steps: int) -> Tensor:
+    """The model alone, from the step that fits the noise."""
+    t = ddpm.step_of(schedule, sigma)
+    *_, last = ddpm.ddim(denoise, schedule, ddpm.at(schedule.alpha_bar.sqrt(), t, y) * ddpm.to_diffusion(y), steps, torch.Generator(), t_start=t)
+    return ddpm.to_image(last.x)
+
+
+def restore_blend(y, level, steps, model) -> Tensor:
+    """Hybrid I and the diffusion model, each on a mirrored pair, mixed by their estimated errors."""
+    denoise, schedule = ready(model)
+    f, error, link = restore_staged(y, level, steps)
+    pair = [denoise_by_diffusion(denoise, schedule, q.expand(-1, 3, -1, -1), math.hypot(level, link.S), 4) for q in (link.q, hybrid.mirror(y, link).q)]
+    pair = [x.mean(1, keepdim=True) for x in pair] if y.shape[1] == 1 else pair
+    mixed, expected = hybrid.blend(f, error, sum(pair) / 2, hybrid.pair_risk(*pair, y, level, link))
+    print(f"blended with the diffusion model's picture: expected PSNR {-10 * math.log10(max(expected, 1e-6)):.1f} dB")
+    return mixed
+
+
+def restore_handover(y, operator, shape, steps, model, samples) -> Tensor:
+    """Hybrid II: a brief DIP opens the reverse process, and goes on inside it; `samples` alternatives (n, C, H, W)."""
+    denoise, schedule = ready(model)
+    grey, y, steps, generator = y.shape[1] == 1, y.expand(-1, 3, -1, -1), steps or 100, torch.Generator().manual_seed(0)
+    net, z = cropped_dip(generator, shape, 3)
+    unseen = (torch.rand(1, 1, *y.shape[-2:], generator=generator) < 0.05).float().to(DEVICE) * operator.A(torch.ones_like(operator.pinv(y)))[:, :1]
+    for step in tqdm(dip.fit(y * (1 - unseen), lambda x: operator.A(x) * (1 - unseen), net, z, steps, generator, amp=AMP), total=steps, desc="DIP, brief"):
+        pass
+    state = {name: w.clone() for name, w in net.state_dict().items()}
+    held_out = ((operator.A(step.average) - y).square() * unseen).sum().item() / max(1.0, unseen.expand_as(y).sum().item())
+    t, found, entry = hybrid.enter_step(schedule, held_out, KAPPA), [], Entry()
+    print(f"the chain is entered at step {t} of {schedule.T}")
+    for _ in tqdm(range(samples), desc="reverse process", disable=samples == 1):
+        net.load_state_dict(state)
+        consistent = hybrid.agree(y, operator, 0.0, torch.zeros(schedule.T + 1))
+        again = hybrid.refit(y, operator.A, net, z, entry.refits, generator, range(1, t + 1), weight=entry.weight, amp=AMP)
+        chain = hybrid.hand_over(step.average, denoise, schedule, t, entry.steps, generator, refine=hybrid.in_turn(consistent, again, consistent))
+        for state_now in tqdm(chain, total=entry.steps + 1, desc="reverse process", disable=samples > 1):
+            pass
+        found.append(ddpm.to_image(state_now.x))
+    images = torch.cat(found)
+    return images.mean(1, keepdim=True) if grey else images
+
+
+def restore_guided(y, operator, level, shape, steps, model) -> Tensor:
+    """Hybrid III: DIP with the diffusion model in its loss; the last running average is delivered, nothing has to stop."""
+    denoise, schedule = ready(model)
+    grey, y, steps, generator = y.shape[1] == 1, y.expand(-1, 3, -1, -1), steps or (800 if level else 450), torch.Generator().manual_seed(0)
+    net, z = cropped_dip(generator, shape, 3)
+    high, levels = ddpm.step_of(schedule, level) if level else NOISE_FREE["t"], ddpm.noise_level(schedule)
+    fit = hybrid.guided_fit(y, operator.A, net, z, steps, generator, denoise, schedule, noise=torch.Generator().manual_seed(1), amp=AMP,
+                            ts=lambda u: round(high * (1 - 2 / 3 * u)), weight=lambda t: STRENGTH * (level / levels[t].item()) ** 2 if level else NOISE_FREE["strength"])
+    for step in tqdm(fit, total=steps, desc="guided DIP"):
+        pass
+    image = step.average if level else projection(step.average, y, operator)
+    return image.mean(1, keepdim=True) if grey else image
 
 
 def restore_ddpm(y, operator, task, level, shape, steps, model) -> Tensor:
     """Diffusion: one step at the matching noise, or a DDIM chain whose every guess is made to agree with y (range–null space)."""
-    if not model.path.exists():
-        print("no trained model yet: training it once, about a quarter of an hour; it is kept in .cache")
-        execute([model], 1)
-    denoise, schedule = model.denoiser()
+    denoise, schedule = ready(model)
     grey = y.shape[1] == 1
     y = y.expand(-1, 3, -1, -1)
     if task == "denoise":
@@ -1725,7 +2530,7 @@ def command_line() -> None:
         command.add_argument("--scale", choices=SCALES, default="full")
         command.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     command = commands.add_parser("restore", help="restore a photo of yours")
-    for name in ("image", "task", "method", "sigma", "mask", "factor", "out", "images"):
+    for name in ("image", "task", "method", "sigma", "mask", "factor", "out", "images", "samples"):
         command.add_argument(f"--{name}", default={"method": "dip"}.get(name, ""))
     command.add_argument("--steps", type=int, default=0, help="at most so many DIP or sampling steps")
     learn = commands.add_parser("train", help="train a diffusion model on a folder of images of yours")

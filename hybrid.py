@@ -1,12 +1,15 @@
 """Diffusion and deep image prior together: what each can do for the other.
 
-Read in order: noise stages that tell DIP when to stop.
+Read in order: noise stages that tell DIP when to stop → DIP as the entrance to the reverse process → a diffusion model that
+keeps DIP from forgetting.
 
 Notation (besides that of ddpm.py and dip.py)
     y = x + n     a noisy photo, n ~ N(0, σ² I): already a state of the forward process, at the step whose σ_t is σ
     q = y + S ξ   a noisier state of the same process, at the step where σ_t² = σ² + S²
     c             the complement of q: y − (σ²/S²)(q − y)
     d             number of values in y
+    v(t)          mean squared error of the model's guess x̂₀ at step t, in [0, 1] units
+    refine        a function (x̂₀, t) → x̂₀ in [−1, 1], the hook of ddpm's samplers
 Images are float tensors (1, C, H, W) in [0, 1]; σ and S are standard deviations in the same unit.
 """
 import math
@@ -151,3 +154,112 @@ def staged_fit(y: Tensor, sigma: float, chain: Sequence[Link], fresh: Callable[[
             if stopped and not (watch and k == len(chain) - 1):
                 break
         fraction = left
+
+
+# ------------------------------------------------------------------------- DIP as the entrance to the reverse process
+
+def error_curve(denoise: Callable, s: ddpm.Schedule, x0: Tensor, ts: Sequence[int], generator: torch.Generator) -> Tensor:
+    """v(t), the model's mean squared error in [0, 1] units at every step, (T+1,): measured on training images x0 (B, C, H, W) in
+    [0, 1] at the rising steps `ts`, linear in between (in log v against t), with v(0) = 0."""
+    found = []
+    for t in ts:
+        eps = torch.randn(x0.shape, generator=generator).to(x0.device)
+        guess = denoise(ddpm.q_sample(s, ddpm.to_diffusion(x0), t, eps), t)
+        found.append((ddpm.to_image(guess) - x0).square().mean().item())
+    known, logs = torch.tensor([float(t) for t in ts]), torch.tensor(found).log()
+    t = torch.arange(1, s.T + 1).clamp(ts[0], ts[-1])
+    right = torch.searchsorted(known, t.float()).clamp(min=1, max=len(ts) - 1)
+    share = (t - known[right - 1]) / (known[right] - known[right - 1])
+    return torch.cat([torch.zeros(1), torch.lerp(logs[right - 1], logs[right], share).exp()])
+
+
+def enter_step(s: ddpm.Schedule, error: float, kappa: float = 1.0) -> int:
+    """The step with σ_t = κ √error, where `error` is the (estimated) mean squared error of the picture that enters."""
+    return ddpm.step_of(s, kappa * math.sqrt(max(error, 0.0)))
+
+
+Refine = Callable[[Tensor, int], Tensor]
+
+
+def in_turn(*hooks: Refine) -> Refine:
+    """One `refine` hook that applies several, the first one first."""
+    def refine(x0_hat: Tensor, t: int) -> Tensor:
+        for hook in hooks:
+            x0_hat = hook(x0_hat, t)
+        return x0_hat
+    return refine
+
+
+def agree(y: Tensor, operator: dip.Operator, sigma: float, v: Tensor) -> Refine:
+    """Data consistency: x̂₀ + w A⁺(y − A x̂₀), with w = v(t)/(v(t) + σ²), the weight of least variance for independent errors.
+
+    Without noise w = 1, and A x̂₀ = y exactly: the range–null-space decomposition (DDNM, Wang, Yu & Zhang 2023).
+    """
+    def refine(x0_hat: Tensor, t: int) -> Tensor:
+        w = v[t].item() / (v[t].item() + sigma ** 2) if sigma else 1.0
+        image = ddpm.to_image(x0_hat)
+        return ddpm.to_diffusion(image + w * operator.pinv(y - operator.A(image)))
+    return refine
+
+
+def lean_on(f: Tensor, error: float, v: Tensor) -> Refine:
+    """DIP guides every step: x̂₀ and f fused by inverse variance, (δ² x̂₀ + v(t) f) / (δ² + v(t)) with δ² = `error` of f.
+
+    Moving the guess moves the noise estimate, ε̃ = (x_t − √ᾱ x̃₀)/√(1−ᾱ). Early in the chain f leads, late the model does.
+    """
+    def refine(x0_hat: Tensor, t: int) -> Tensor:
+        w = v[t].item() / (v[t].item() + error)
+        return (1 - w) * x0_hat + w * ddpm.to_diffusion(f)
+    return refine
+
+
+def refit(y: Tensor, A: Callable, net: nn.Module, z: Tensor, steps: int, generator: torch.Generator, at: Sequence[int], *,
+          weight: float = 1.0, **options) -> Refine:
+    """Intermediate priors: at the steps t in `at`, DIP is fitted for `steps` more updates to y and to the current guess, and
+    its picture becomes the guess."""
+    def refine(x0_hat: Tensor, t: int) -> Tensor:
+        if t not in at:
+            return x0_hat
+        target = ddpm.to_image(x0_hat).detach()
+        *_, last = dip.fit(y, A, net, z, steps, generator, penalty=lambda image, i: weight * (image - target).square().mean(), **options)
+        return ddpm.to_diffusion(last.average)
+    return refine
+
+
+def hand_over(f: Tensor, denoise: Callable, s: ddpm.Schedule, t: int, steps: int, generator: torch.Generator, *, eta: float = 0.0,
+              refine: Refine = lambda x0_hat, t: x0_hat) -> Iterator[ddpm.Sample]:
+    """The reverse process entered at step t by the pictures f (B, C, H, W) in [0, 1], for `steps` evaluations by DDIM.
+
+    f is refined and diffused to t (q_sample), then taken back. Yields the entrance first, then every reverse step. t = 0: no
+    diffusion at all; t = T: f is forgotten, and this is diffusion alone. Copies of f in the batch give different samples.
+    """
+    x0 = refine(ddpm.to_diffusion(f), t)
+    x = ddpm.q_sample(s, x0, t, torch.randn(f.shape, generator=generator).to(f.device))
+    yield ddpm.Sample(t, x, x0)
+    yield from ddpm.ddim(denoise, s, x, steps, generator, eta, t_start=t, refine=refine)
+
+
+# -------------------------------------------------------------------- a diffusion model that keeps DIP from forgetting
+
+def guided_fit(y: Tensor, A: Callable, net: nn.Module, z: Tensor, steps: int, generator: torch.Generator, denoise: Callable, s: ddpm.Schedule, *,
+               weight: Callable[[int], float], ts: Callable[[float], int], noise: torch.Generator, refresh: int = 5, follow: float = 0.9,
+               **options) -> Iterator[dip.Step]:
+    """min_θ mean (A f_θ(z) − y)² + weight(t) mean (f_θ(z) − sg[x̂₀])²: DIP whose images are also pulled to where the model sees them.
+
+    At update i the chain is at the step t = ts(i / steps). Every `refresh` updates a running average of the images (decay `follow`)
+    is diffused to t with noise from `noise` and denoised by one evaluation: x̂₀; no gradient goes through the model, so a fit costs
+    steps / refresh evaluations. This is RED-diff (Mardani et al. 2024) with a network's images in place of free pixels, as in
+    DeepRED (Mataev, Elad & Milanfar 2019) with a diffusion model as the denoiser. `options` go to dip.fit, whose Steps it yields;
+    with weight 0 it is dip.fit.
+    """
+    mean, target, w = None, None, 0.0
+
+    def penalty(image: Tensor, i: int) -> Tensor:
+        nonlocal mean, target, w
+        mean = image.detach() if mean is None else torch.lerp(mean, image.detach(), (1 - follow) / (1 - follow ** i))
+        if target is None or (i - 1) % refresh == 0:
+            t = ts(i / steps)
+            xt = ddpm.q_sample(s, ddpm.to_diffusion(mean), t, torch.randn(mean.shape, generator=noise).to(mean.device))
+            target, w = ddpm.to_image(denoise(xt, t)).detach(), weight(t)
+        return w * (image - target).square().mean()
+    yield from dip.fit(y, A, net, z, steps, generator, penalty=penalty, **options)

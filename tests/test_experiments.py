@@ -327,6 +327,12 @@ def test_the_diffusion_model_restores_and_agrees_with_what_was_measured(tmp_path
     for task, size in (("denoise", (40, 36)), ("inpaint", (40, 36)), ("superres", (80, 72))):
         E.restore(path, task, method="ddpm", mask=mask, steps=2, out=str(tmp_path / f"{task}.png"))
         assert Image.open(tmp_path / f"{task}.png").size == size
+    for task, method, size, more in (("denoise", "blend", (40, 36), {}), ("inpaint", "handover", (40, 36), {"samples": "2"}), ("superres", "handover", (80, 72), {}),
+                                     ("denoise", "guided", (40, 36), {}), ("superres", "guided", (80, 72), {})):
+        E.restore(path, task, method=method, mask=mask, steps=2, out=str(tmp_path / f"{task}-{method}.png"), **more)
+        assert Image.open(tmp_path / f"{task}-{method}.png").size == size
+    first, second, map_ = (np.asarray(Image.open(tmp_path / f"inpaint-handover-{n}.png")).astype(int) for n in ("1", "2", "disagreement"))
+    assert np.abs(first - second)[12:18, 12:18].max() > 0 and map_[12:18, 12:18].max() > 0 and np.abs(first - np.asarray(Image.open(path)))[known > 0].max() <= 1
     x, filled, big = (np.asarray(Image.open(tmp_path / f)).astype(float) for f in ("x.png", "inpaint.png", "superres.png"))
     assert np.abs(filled - x)[known > 0].max() <= 1
     assert np.abs(big.reshape(36, 2, 40, 2, 3).mean((1, 3)) - x).mean() < 2                         # but for clipping and rounding
@@ -344,7 +350,9 @@ def test_refusals_are_one_sentence(tmp_path):
              (dict(image=str(tmp_path / "empty.jpg"), task="denoise"), "cannot be read"), (dict(image=str(tmp_path / "cut.png"), task="denoise"), "cannot be read"),
              (dict(image=str(tmp_path / "nan.tiff"), task="denoise"), "not numbers"), (dict(image=small, task="denoise"), "sides of at least"),
              (dict(image=good, task="sharpen"), "unknown task"), (dict(image=good, task="denoise", method="magic"), "unknown method"),
-             (dict(image=good, task="superres", method="staged"), "denoises only"), (dict(image=good, task="denoise", method="ddpm", images=str(tmp_path / "none")), "not a folder"),
+             (dict(image=good, task="superres", method="staged"), "denoises only"), (dict(image=good, task="superres", method="blend"), "denoises only"),
+             (dict(image=good, task="denoise", method="handover"), "opens the chain"), (dict(image=good, task="superres", samples="2"), "alternatives"),
+             (dict(image=good, task="superres", method="handover", samples="0"), "SAMPLES=0"), (dict(image=good, task="denoise", method="ddpm", images=str(tmp_path / "none")), "not a folder"),
              (dict(image=good, task="denoise", sigma="loud"), "SIGMA=loud"), (dict(image=good, task="denoise", sigma="nan"), "SIGMA=nan"),
              (dict(image=good, task="denoise", sigma="-3"), "SIGMA=-3"), (dict(image=good, task="denoise", sigma="300"), "SIGMA=300"),
              (dict(image=good, task="superres", factor="1"), "FACTOR=1"), (dict(image=good, task="inpaint"), "needs MASK"),
