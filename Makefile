@@ -6,7 +6,7 @@ PY := .venv/bin/python
 .PHONY: help all quick test report figures bench restore train clean
 
 help:
-	@echo "make all      compute every experiment, figure and REPORT.md (about an hour and a half on 2 cores;"
+	@echo "make all      compute every experiment, figure and REPORT.md (about three hours on 2 cores;"
 	@echo "              interrupt it when you like: the next 'make all' goes on; a second one does nothing)"
 	@echo "make quick    the same road on tiny budgets, into out-quick/ (minutes; its numbers mean nothing)"
 	@echo "make test     prove that the mathematics is right"

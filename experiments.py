@@ -26,6 +26,7 @@ import skimage
 import torch
 import torch.nn as nn
 from PIL import Image, ImageOps
+from skimage.metrics import structural_similarity
 from skimage.restoration import denoise_nl_means, denoise_tv_chambolle, inpaint_biharmonic
 from torch import Tensor
 from tqdm import tqdm
@@ -955,9 +956,47 @@ class Enter(Run):
         return found
 
 
+@dataclass(frozen=True)
+class Film(Run):
+    """The guesses on the way down the chain: diffusion alone, a plain restart from a brief DIP, and hybrid II."""
+    enter: Enter
+    seed: int = 0
+    label, cost = "film", 12.0
+    needs = property(lambda self: self.enter.needs)
+
+    def execute(self, progress) -> dict:
+        run, name = self.enter, self.enter.names[0]
+        clean, generator, entry = subject(name, run.size).to(DEVICE), run.generator(f"{name}/{run.task}"), run.entries[0]
+        y, operator = measure(run.task, clean, generator)
+        unseen = (torch.rand(1, 1, *y.shape[-2:], generator=generator) < 0.05).float().to(DEVICE)
+        (denoise, schedule), start, after = run.model.denoiser(), f"{name}/{run.task}/start 0", run.after(entry)
+        f, state, held_out, _ = run.brief(y, operator, unseen, clean.shape, [after], run.generator(start))[after]
+        t, consistent = hybrid.enter_step(schedule, held_out, KAPPA), hybrid.agree(y, operator, 0.0, torch.zeros(schedule.T + 1))
+        network, z = fresh_dip(run.generator(start), clean.shape[-2:], widths=run.widths)
+        network.load_state_dict(state)
+        strips = {}
+        for label, x, at, refits in (("diffusion alone", clean * 0, schedule.T, 0), ("plain restart", f, t, 0), ("hybrid II", f, t, entry.refits)):
+            chain = run.generator(f"{name}/chain 0")
+            again = hybrid.refit(y, operator.A, network, z, refits, chain, range(1, at + 1) if refits else (), weight=entry.weight, amp=AMP)
+            steps = hybrid.hand_over(x, denoise, schedule, at, entry.steps, chain, refine=hybrid.in_turn(consistent, again, consistent))
+            frames = [(s.t, to_bytes(ddpm.to_image(s.x0_hat)), score(ddpm.to_image(s.x0_hat).cpu(), clean.cpu())["psnr"]) for s in steps]
+            strips[label] = {"t": [a for a, _, _ in frames], "pictures": torch.cat([b for _, b, _ in frames]), "psnr": [c for _, _, c in frames]}
+        return {"strips": strips}
+
+
 def projection(f: Tensor, y: Tensor, operator: dip.Operator) -> Tensor:
     """f, made to agree with what was measured."""
     return f + operator.pinv(y - operator.A(f))
+
+
+@functools.cache
+def agreeing(run: Fit, name) -> dict:
+    """A picture of a plain fit, by its name or by the step of a snapshot, scored after it was made to agree with what was measured:
+    everybody may keep the pixels that are known."""
+    result, clean = run.result(), photo_named(run.photo, run.size)
+    y, operator = measure(run.task, clean, run.generator(f"{run.photo}/{run.task}"))
+    picture = result["snapshots"][name].float() if isinstance(name, int) else result["pictures"][name] / 255
+    return score(picture if TASKS[run.task] else projection(picture, y, operator), clean)
 
 
 def smoother(name: str, schedule: ddpm.Schedule):
@@ -1083,14 +1122,15 @@ class HandOverCats(Run):
     t: int
     eye: LearnToSee
     at: float = 1.0
+    n: int = 64
     task: str = "bigblock"
     seed: int = 0
     label, cost = "hand over cats", 12.0
-    needs = property(lambda self: (self.model, self.eye, BriefCats(self.task)))
+    needs = property(lambda self: (self.model, self.eye, BriefCats(self.task, self.n)))
 
     def execute(self, progress) -> dict:
-        (denoise, schedule), brief = self.model.denoiser(self.at), BriefCats(self.task).result()
-        clean = torch.cat([subject(f"cat-{i}", 32) for i in range(64)])
+        (denoise, schedule), brief = self.model.denoiser(self.at), BriefCats(self.task, self.n).result()
+        clean = torch.cat([subject(f"cat-{i}", 32) for i in range(self.n)])
         _, operator = measure(self.task, clean[:1], torch.Generator())
         y = operator.A(clean)
         began = time.perf_counter()
@@ -1106,20 +1146,21 @@ class HandOverCats(Run):
 
 @dataclass(frozen=True)
 class BriefCats(Run):
-    """DIP for a hundred updates on each of 64 damaged cats."""
+    """DIP for a hundred updates on each of n damaged cats."""
     task: str
+    n: int = 64
     seed: int = 0
-    label, cost = "brief DIP of cats", 60.0
+    label, cost = "brief DIP of cats", property(lambda self: 1.0 * self.n)
 
     def execute(self, progress) -> dict:
         images, began = [], time.perf_counter()
-        for i in range(64):
+        for i in range(self.n):
             clean, generator = subject(f"cat-{i}", 32).to(DEVICE), self.generator(f"cat-{i}/{self.task}")
             y, operator = measure(self.task, clean, generator)
             network, z = fresh_dip(generator, clean.shape[-2:])
             *_, last = dip.fit(y, operator.A, network, z, BRIEF[self.task], generator, amp=AMP)
             images.append(last.average.cpu())
-            progress(i / 64)
+            progress(i / self.n)
         return {"f": torch.cat(images), "seconds": time.perf_counter() - began}
 
 
@@ -1633,6 +1674,17 @@ def wholes(scale: Scale) -> list[str]:
     return [view for view in views(scale.test) if view.endswith("whole")]
 
 
+def ways_at(scale: Scale, ways: dict) -> tuple:
+    """The entries of a table of ways; on the quick scale as short as they can be."""
+    if scale.seeds > 1:
+        return tuple(ways.values())
+    return tuple(w._replace(after=4 + (w.after > 100), steps=min(w.steps, 2), refits=min(w.refits, 1), samples=min(w.samples, 2)) for w in ways.values())
+
+
+def cats_at(scale: Scale) -> int:
+    return 64 if scale.seeds > 1 else 4
+
+
 class Entrance:
     """How many steps of the chain does a brief DIP save, and at what quality?"""
 
@@ -1657,24 +1709,25 @@ class Entrance:
     def __init__(self, scale: Scale):
         s = self.scale = scale
         photos, four = Train("photos", s.photos), wholes(s)
-        ways = tuple(self.WAYS.values())
+        ways = ways_at(s, self.WAYS)
         self.main = {(task, view): Enter((view,), task, photos, ways) for task in self.TASKS for view in views(s.test)}
-        self.grid = {(task, view): Enter((view,), task, photos, tuple(self.GRID.values())) for task in self.TASKS for view in four}
-        self.ablation = {(task, view): Enter((view,), task, photos, tuple(self.ABLATION.values())) for task in ("block", "superres4") for view in four}
-        self.networks = {(name, task, view): Enter((view,), task, photos, (Entry(),), widths=widths)
+        self.grid = {(task, view): Enter((view,), task, photos, ways_at(s, self.GRID)) for task in self.TASKS for view in four}
+        self.ablation = {(task, view): Enter((view,), task, photos, ways_at(s, self.ABLATION)) for task in ("block", "superres4") for view in four}
+        self.networks = {(name, task, view): Enter((view,), task, photos, ways_at(s, {"": Entry()}), widths=widths)
                          for name, widths in self.NETWORKS.items() for task in ("block", "superres4") for view in four}
-        self.cats = {task: Enter(tuple(f"cat-{i}" for i in range(min(64, s.samples))), task, Train("cats", s.cats, places=PLACES),
-                                 tuple(self.WAYS[w] for w in self.CAT_WAYS), size=32) for task in self.CATS}
+        self.cats = {task: Enter(tuple(f"cat-{i}" for i in range(cats_at(s))), task, Train("cats", s.cats, places=PLACES),
+                                 ways_at(s, {w: self.WAYS[w] for w in self.CAT_WAYS}), size=32) for task in self.CATS}
         self.eye, self.reference = LearnToSee(s.eye), RealCats(LearnToSee(s.eye), 4 * s.samples, seed=2)
         dips, stop = DIP(s), Stop(s)
         self.plain = {(task, view): dips.main[task, view, 0] if (task, view, 0) in dips.main else Fit(view, task, s.fit[task], unseen=0.05)
                       for task in self.TASKS for view in views(s.test)}
+        self.films = {task: Film(self.main[task, four[0]]) for task in ("block", "superres4")}
         self.noisy = {k: Diffuse(run, photos) for k, run in stop.main.items() if k[0] != "denoise15" and k[2] == 0}
 
     @property
     def runs(self) -> list[Run]:
         return [*self.main.values(), *self.grid.values(), *self.ablation.values(), *self.networks.values(), *self.cats.values(), self.eye, self.reference,
-                *self.plain.values(), *self.noisy.values()]
+                *self.plain.values(), *self.films.values(), *self.noisy.values()]
 
     def assemble(self) -> tuple[dict, dict]:
         plain = {k: DIP.outcome(run) for k, run in self.plain.items()}
@@ -1683,14 +1736,16 @@ class Entrance:
         for task in self.TASKS:
             seen = [view for t, view in self.main if t == task]
             mine = {view: rows[task, view, "hybrid II"] for view in seen}
-            found = values[task] = {"dip": interval(plain[task, v]["held_out"]["psnr"] for v in seen), "dip_oracle": interval(plain[task, v]["oracle"]["psnr"] for v in seen),
-                                    "versus_dip": interval(mine[v]["psnr"] - plain[task, v]["held_out"]["psnr"] for v in seen),
-                                    "wins_dip": float(np.mean([mine[v]["psnr"] > plain[task, v]["held_out"]["psnr"] for v in seen])),
+            honest = {v: agreeing(self.plain[task, v], "held_out")["psnr"] for v in seen}
+            found = values[task] = {"dip": interval(honest.values()), "dip_oracle": interval(agreeing(self.plain[task, v], "oracle")["psnr"] for v in seen),
+                                    "dip_ssim": interval(agreeing(self.plain[task, v], "held_out")["ssim"] for v in seen),
+                                    "versus_dip": interval(mine[v]["psnr"] - honest[v] for v in seen),
+                                    "wins_dip": float(np.mean([mine[v]["psnr"] > honest[v] for v in seen])),
                                     "dip_seconds": interval(plain[task, v]["held_out"]["seconds"] for v in seen),
                                     "dip_steps": interval(plain[task, v]["held_out"]["step"] for v in seen),
-                                    "same_updates": interval(mine[v]["psnr"] - self.at_updates(task, v, mine[v]["updates"]) for v in seen),
+                                    "same_updates": interval(mine[v]["psnr"] - self.at_updates(task, v) for v in seen),
                                     "f": interval(r["f_psnr"] for r in mine.values()), "t": interval(r["t"] for r in mine.values())}
-            lines.append([task, "DIP alone, held-out pixels", 0, f"{found['dip_steps']['mean']:.0f}", show(found["dip"]), "",
+            lines.append([task, "DIP alone, held-out pixels", 0, f"{found['dip_steps']['mean']:.0f}", show(found["dip"]), show(found["dip_ssim"], 3),
                           f"{found['dip_seconds']['mean']:.1f}", show(found["versus_dip"]), f"{100 * found['wins_dip']:.0f} %"])
             for way in self.WAYS:
                 of = {v: rows[task, v, way] for v in seen}
@@ -1698,6 +1753,13 @@ class Entrance:
                     "better": interval(mine[v]["psnr"] - of[v]["psnr"] for v in seen), "wins": float(np.mean([mine[v]["psnr"] > of[v]["psnr"] for v in seen]))}
                 lines.append([task, f"**{way}**" if way == "hybrid II" else way, f"{entry['evaluations']['mean']:.0f}", f"{entry['updates']['mean']:.0f}", show(entry["psnr"]), show(entry["ssim"], 3),
                               f"{entry['total_seconds']['mean']:.1f}", *(("", "") if way == "hybrid II" else (show(entry["better"]), f"{100 * entry['wins']:.0f} %"))])
+            for label, way in (("brief DIP itself", "hybrid II"), ("interpolation itself (no network)", "restart from interpolation"), ("TV itself (no network)", "restart from TV")):
+                of = {v: rows[task, v, way]["f_psnr"] for v in seen}
+                entry = found[slug(label)] = {"psnr": interval(of.values()), "better": interval(mine[v]["psnr"] - of[v] for v in seen),
+                                              "wins": float(np.mean([mine[v]["psnr"] > of[v] for v in seen])), "median": float(np.median([mine[v]["psnr"] - of[v] for v in seen]))}
+                lines.append([task, label, 0, "" if way != "hybrid II" else BRIEF[task], show(entry["psnr"]), "", "", show(entry["better"]), f"{100 * entry['wins']:.0f} %"])
+            found["median_dip"] = float(np.median([mine[v]["psnr"] - honest[v] for v in seen]))
+            found["median_diffusion"] = float(np.median([mine[v]["psnr"] - max(rows[task, v, w]["psnr"] for w in self.WAYS if w.startswith("diffusion")) for v in seen]))
             controls = [slug(w) for w in self.WAYS if w.startswith(("restart", "interpolation"))]
             found["best_control"] = max(found[c]["psnr"]["mean"] for c in controls)
             found["best_diffusion"] = max(found[slug(w)]["psnr"]["mean"] for w in self.WAYS if w.startswith("diffusion"))
@@ -1718,9 +1780,17 @@ class Entrance:
         changes = {f"{slug(name)}_{task}": {"psnr": interval(a["psnr"] for a, _ in pairs), "gain": interval(a["psnr"] - b["psnr"] for a, b in pairs),
                                             **{m: float(np.mean([a[m] for a, _ in pairs])) for m in ("diversity", "to_f", "mean_psnr", "f_psnr", "total_seconds", "updates", "evaluations")}}
                    for (name, task), pairs in ablation.items()}
-        for task in self.TASKS:                                                       # evaluations to reach what 50 evaluations of diffusion alone reach
-            goal = values[task]["diffusion_alone_50_steps"]["psnr"]["mean"]
-            reaches[task] = {slug(w): bool(values[task][slug(w)]["psnr"]["mean"] >= goal) for w in ("hybrid II", "plain restart", "restart from A⁺y", "restart from interpolation")}
+        reach_lines = []
+        for task in ("block", "superres4"):                                                    # evaluations that reach a given mean PSNR, on the four photos
+            hybrid_way = {k: changes[f"{k}_steps_{task}"]["psnr"]["mean"] for k in (1, 2, 4)} | {8: float(np.mean([rows[task, v, "hybrid II"]["psnr"] for v in wholes(self.scale)]))}
+            plain_way = {8: float(np.mean([rows[task, v, "plain restart"]["psnr"] for v in wholes(self.scale)]))}
+            alone = {k: changes[f"diffusion_alone_{k}_steps_{task}"]["psnr"]["mean"] for k in (5, 20, 100)} | {
+                k: float(np.mean([rows[task, v, f"diffusion alone, {k} steps"]["psnr"] for v in wholes(self.scale)])) for k in (10, 50)}
+            honest = float(np.mean([agreeing(self.plain[task, v], "held_out")["psnr"] for v in wholes(self.scale)]))
+            for label, goal in (("diffusion alone, 100 evaluations", alone[100]), ("diffusion alone at its best", max(alone.values())), ("DIP alone, honest stop", honest)):
+                needed = [min((k for k, p in way.items() if p >= goal), default=None) for way in (hybrid_way, plain_way, alone)]
+                reaches[f"{task}_{slug(label)}"] = {"goal": goal, **{n: k or 10 ** 6 for n, k in zip(("hybrid", "plain", "alone"), needed)}}
+                reach_lines.append([task, label, f"{goal:.2f}", *("never" if k is None else k for k in needed)])
         cats, cat_lines = {}, []
         reference = self.reference.result()
         for task, run in self.cats.items():
@@ -1752,25 +1822,35 @@ class Entrance:
             "diversity": table(["entrance", "task", "RMS distance between two samples", "RMS distance to f", "PSNR of one sample, dB", "PSNR of the mean of eight, dB"], [
                 [name.split(", ")[1], task, f"{c['diversity']:.4f}", f"{c['to_f']:.4f}", f"{c['psnr']['mean']:.2f}", f"{c['mean_psnr']:.2f}"]
                 for (name, task), c in zip(ablation, changes.values()) if "samples" in name]),
+            "reach": table(["task", "quality of", "PSNR, dB", "hybrid II", "plain restart", "diffusion alone"], reach_lines),
             "cats": table(["task", "way", "evaluations", "PSNR, dB", "hybrid II − it, dB", "fidelity ↓", "Fréchet ↓", "least factor entropy ↑", "seconds"], cat_lines),
             "noisy": table(["task", "way", "PSNR, dB", "− pair, dB"], noisy_lines)}
         return {"main": values, "ablation": changes, "cats": cats, "noisy": noisy, "reaches": reaches, "kappa": KAPPA,
                 "grid": {f"{task}_{slug(n)}": float(np.mean(v)) for (task, n), v in grid.items()}}, tables
 
-    def at_updates(self, task: str, view: str, n: int) -> float:
-        """Plain DIP's PSNR after as many updates."""
-        curve = self.plain[task, view].result()["curves"]["average_psnr"]
-        return curve[min(round(n), len(curve)) - 1].item()
+    def at_updates(self, task: str, view: str) -> float:
+        """Plain DIP's PSNR after 300 updates, the kept step that is next above hybrid II's."""
+        run = self.plain[task, view]
+        return agreeing(run, max((i for i in run.result()["snapshots"]), default="last"))["psnr"]
 
     def figures(self, values: dict) -> dict:
-        return {"pictures": self.pictures, "cost": lambda: self.cost(values), "maps": self.maps}
+        return {"pictures": self.pictures, "cost": lambda: self.cost(values), "maps": self.maps, "film": self.film}
+
+    def film(self):
+        rows = []
+        for task, run in self.films.items():
+            for label, strip in run.result()["strips"].items():
+                rows.append([(picture[None], f"{label if i == 0 else ''}\nt = {t}: {psnr:.1f} dB") for i, (t, picture, psnr) in enumerate(zip(strip["t"], strip["pictures"], strip["psnr"]))])
+        return panels(rows)
 
     def pictures(self):
         rows = []
         for task, view in zip(self.TASKS, wholes(self.scale) * 4):
             result, plain = self.main[task, view].result(), self.plain[task, view].result()
             stored, clean, row = result["pictures"][view], result["pictures"][view]["clean"] / 255, []
-            named = [("measured", stored["measured"]), ("DIP alone, honest stop", plain["pictures"]["held_out"])] + [
+            y, operator = measure(task, photo_named(view, 96), self.plain[task, view].generator(f"{view}/{task}"))
+            kept = to_bytes(projection(plain["pictures"]["held_out"] / 255, y, operator))
+            named = [("measured", stored["measured"]), ("DIP alone, honest stop", kept)] + [
                 (way, stored[f"entry {list(self.WAYS).index(way)}"]) for way in ("diffusion alone, 50 steps", "plain restart", "hybrid II")]
             for label, picture in named:
                 row.append((picture, f"{task if label == 'measured' else label}\n{score(picture / 255, clean)['psnr']:.2f} dB"))
@@ -1786,14 +1866,15 @@ class Entrance:
                     entry = found[slug(way)]
                     ax.plot(max(entry[unit]["mean"], 0.1), entry["psnr"]["mean"], mark, ms=14 if mark == "*" else 7, label=way)
                 if unit == "total_seconds":
-                    curves = torch.stack([self.plain[task, v].result()["curves"]["average_psnr"] for v in views(self.scale.test)])
-                    per_step = np.mean([self.plain[task, v].result()["seconds"] / curves.shape[1] for v in views(self.scale.test)])
-                    ax.plot([per_step * i for i in range(20, curves.shape[1] + 1)], curves.mean(0)[19:], "k-", lw=1, label="DIP alone, if stopped there")
+                    runs = [self.plain[task, v] for v in views(self.scale.test)]
+                    kept = sorted(set.intersection(*(set(r.result()["snapshots"]) for r in runs)))
+                    per_step = np.mean([r.result()["seconds"] / r.steps for r in runs])
+                    ax.plot([per_step * i for i in (*kept, runs[0].steps)], [np.mean([agreeing(r, i)["psnr"] for r in runs]) for i in (*kept, "last")], "k.-", lw=1, label="DIP alone, if stopped there")
                 else:
                     ax.axhline(found["dip"]["mean"], color="k", lw=1, label="DIP alone, honest stop")
                 ax.set(xscale="log", xlabel="network evaluations" if unit == "evaluations" else "seconds, DIP's included", title=task)
         axes[0, 0].set_ylabel("PSNR, dB"), axes[1, 0].set_ylabel("PSNR, dB")
-        axes[0, 3].legend(fontsize=6), axes[1, 3].legend(fontsize=6)
+        figure.legend(*axes[1, 3].get_legend_handles_labels(), loc="outside right center", fontsize=8)
         return figure
 
     def maps(self):
@@ -1819,8 +1900,8 @@ class Truncate:
     def __init__(self, scale: Scale):
         s = self.scale = scale
         steps, self.eye, self.reference = 5 * s.short // 2, LearnToSee(s.eye), RealCats(LearnToSee(s.eye), 4 * s.samples, seed=2)
-        self.models = {(name, seed): Train("cats", steps, t_max=t, seed=seed) for name, t in self.RANGES.items() for seed in range(3)}
-        self.cats = {(name, entered, at, seed): HandOverCats(model, entered, self.eye, at) for (name, seed), model in self.models.items()
+        self.models = {(name, seed): Train("cats", steps, t_max=t, seed=seed) for name, t in self.RANGES.items() for seed in range(s.seeds)}
+        self.cats = {(name, entered, at, seed): HandOverCats(model, entered, self.eye, at, cats_at(s)) for (name, seed), model in self.models.items()
                      for entered in (250, 500) if entered <= (model.t_max or 1000) for at in self.MARKS}
         self.photo_models = {name: Train("photos", steps * 5 // 8, t_max=t) for name, t in self.RANGES.items()}
         self.photos = {(name, at): DenoisePhotos(model, s.test, 25, at=at) for name, model in self.photo_models.items() for at in self.MARKS}
@@ -1835,8 +1916,8 @@ class Truncate:
         for entered in (250, 500):
             for name in (n for n, e in keys if e == entered):
                 for at in self.MARKS:
-                    of = [self.cats[name, entered, at, seed].result() for seed in range(3)]
-                    full = [self.cats["all steps", entered, at, seed].result() for seed in range(3)]
+                    of = [self.cats[name, entered, at, seed].result() for seed in range(self.scale.seeds)]
+                    full = [self.cats["all steps", entered, at, seed].result() for seed in range(self.scale.seeds)]
                     found = values[f"{slug(name)}_e{entered}_at{round(100 * at)}"] = {
                         "psnr": interval(np.mean([r["psnr"] for r in of], 0)), "gain": interval(np.mean([r["psnr"] for r in of], 0) - np.mean([r["psnr"] for r in full], 0)),
                         "fidelity": interval(r["fidelity"] for r in of), "frechet": interval(metrics.frechet(r["features"], reference["features"]) for r in of),
@@ -1882,9 +1963,9 @@ class Guide:
         self.main = {(task, view): Guided(view, task, steps(task), photos) for task in self.TASKS for view in views(s.test)}
         self.off = {view: Guided(view, "denoise25", steps("denoise25"), photos, 0.0, refresh=10 ** 6) for view in views(s.test)}
         changes = {"as chosen": {}, "score off (λ = 0)": {"strength": 0.0, "refresh": 10 ** 6}, "λ = 0.1": {"strength": 0.1}, "λ = 0.8": {"strength": 0.8},
-                   "λ = 1.6": {"strength": 1.6}, "λ = 6.4": {"strength": 6.4}, "CNN off (free pixels)": {"free": True}, "TV in the model's place": {"prior": "tv"}, "non-local means in the model's place": {"prior": "nlm"},
+                   "λ = 6.4": {"strength": 6.4}, "CNN off (free pixels)": {"free": True}, "TV in the model's place": {"prior": "tv"}, "non-local means in the model's place": {"prior": "nlm"},
                    "fixed t": {"low": 1.0}, "random t": {"order": "random"}, "refresh 20": {"refresh": 20},
-                   "model after 1/8 of its training": {"at": 1 / 8}, "model after 1/4": {"at": 1 / 4}, "cats' model (out of domain)": {"model": cats},
+                   "model after 1/4": {"at": 1 / 4}, "cats' model (out of domain)": {"model": cats},
                    "σ believed × 0.7": {"belief": 0.7}, "σ believed × 1.3": {"belief": 1.3}, "two fits averaged": {"copies": 2}}
         self.ablation = {(name, view): Guided(**{"photo": view, "task": "denoise25", "steps": steps("denoise25"), "model": photos, "size": 64} | change)
                          for name, change in changes.items() for view in four}
@@ -1932,8 +2013,8 @@ class Guide:
             axes[0].plot(self.off[view].result()["curve"], color=color, ls=":")
         axes[0].set(title="σ = 25: guided (lines), score off (dotted)", xlabel="DIP updates", ylabel="PSNR of the running average, dB")
         axes[0].legend(fontsize=8)
-        for ax, wanted in ((axes[1], ("as chosen", "score off (λ = 0)", "λ = 0.1", "λ = 0.8", "λ = 1.6", "λ = 6.4")),
-                           (axes[2], ("as chosen", "CNN off (free pixels)", "TV in the model's place", "non-local means in the model's place", "cats' model (out of domain)", "model after 1/8 of its training"))):
+        for ax, wanted in ((axes[1], ("as chosen", "score off (λ = 0)", "λ = 0.1", "λ = 0.8", "λ = 6.4")),
+                           (axes[2], ("as chosen", "CNN off (free pixels)", "TV in the model's place", "non-local means in the model's place", "cats' model (out of domain)", "model after 1/4"))):
             for name in wanted:
                 ax.plot(torch.stack([r.result()["curve"] for k, r in self.ablation.items() if k[0] == name]).mean(0), label=name)
             ax.set(xlabel="DIP updates", title="four photos of 64 × 64 pixels")
@@ -1947,30 +2028,35 @@ class Final:
     """Which method would you use?"""
 
     TASKS = ("denoise25", "denoise50", "block", "random80", "superres4")
-    HEADLINE = {"denoise25": "blend", "denoise50": "blend", "block": "hybrid II", "random80": "hybrid III", "superres4": "hybrid II"}
+    TWICE = ("denoise25",)                                                                 # tasks with a second seed of noise and start
+    HEADLINE = {"denoise25": "blend", "denoise50": "blend", "block": "hybrid II", "random80": "two of hybrid III averaged", "superres4": "two of hybrid III averaged"}
 
     def __init__(self, scale: Scale):
         s = self.scale = scale
         photos, seeds, dips, stop, guide = Train("photos", s.photos), range(min(2, s.seeds)), DIP(s), Stop(s), Guide(s)
-        keys = [(task, view, seed) for task in self.TASKS for view in views(s.test) for seed in seeds]
+        keys = [(task, view, seed) for task in self.TASKS for view in views(s.test) for seed in (seeds if task in self.TWICE else seeds[:1])]
         self.plain = {(t, v, n): dips.main.get((t, v, n)) or Fit(v, t, s.fit[t], unseen=0.0 if TASKS[t] else 0.05, seed=n) for t, v, n in keys}
         self.diffuse = {k: Diffuse(stop.main.get(k) or Staged(k[1], k[0], round(1.16 * s.fit[k[0]]), seed=k[2]), photos) for k in keys if TASKS[k[0]]}
         second = ("hybrid II", "restart from interpolation", "diffusion alone, 50 steps")
         entrance = Entrance(s)
         self.ways = {0: list(Entrance.WAYS), 1: list(second)}
-        self.enter = {k: entrance.main[k[:2]] if k[2] == 0 else Enter((k[1],), k[0], photos, tuple(Entrance.WAYS[w] for w in second), seed=k[2]) for k in keys if not TASKS[k[0]]}
+        self.enter = {k: entrance.main[k[:2]] if k[2] == 0 else Enter((k[1],), k[0], photos, ways_at(s, {w: Entrance.WAYS[w] for w in second}), seed=k[2]) for k in keys if not TASKS[k[0]]}
         self.guided = {(t, v, 0): guide.main[t, v] for t, v, n in keys if n == 0}
-        self.twin = {("denoise25", view, 0): run for view, run in stop.twin.items()} | {
-            (t, v, 0): Fit(v, t, s.fit[t], unseen=0.0 if TASKS[t] else 0.05, start=1) for t in self.TASKS[1:] for v in wholes(s)}
+        self.twice = {k: replace(self.guided[k], copies=2) for k in self.guided if k[0] in ("random80", "superres4")}
+        self.twin = {("denoise25", view, 0): stop.twin[view] for view in wholes(s)} | {
+            (t, v, 0): Fit(v, t, s.fit[t], unseen=0.0 if TASKS[t] else 0.05, start=1)
+            for t in self.TASKS[1:] for v in (views(s.test) if t in ("random80", "superres4") else wholes(s))}
 
     @property
     def runs(self) -> list[Run]:
-        return [*self.plain.values(), *self.diffuse.values(), *self.enter.values(), *self.guided.values(), *self.twin.values()]
+        return [*self.plain.values(), *self.diffuse.values(), *self.enter.values(), *self.guided.values(), *self.twice.values(), *self.twin.values()]
 
     def methods(self, task: str) -> dict:
         """Method → {(task, photo, seed): {psnr, ssim, seconds}}."""
         keys, rule = [k for k in self.plain if k[0] == task], "discrepancy_tuned" if TASKS[task] else "held_out"
-        found = {"DIP alone, best honest stop": {k: DIP.outcome(self.plain[k])[rule] for k in keys}, "DIP alone, *oracle*": {k: DIP.outcome(self.plain[k])["oracle"] for k in keys}}
+        def alone(name):
+            return {k: agreeing(self.plain[k], name) | {"seconds": DIP.outcome(self.plain[k])[name]["seconds"]} for k in keys}
+        found = {"DIP alone, best honest stop": alone(rule), "DIP alone, *oracle*": alone("oracle")}
         if TASKS[task]:
             rows = {k: self.diffuse[k].result()["rows"] for k in keys}
             staged = {k: self.diffuse[k].staged.result() for k in keys}
@@ -1982,9 +2068,19 @@ class Final:
             found |= {label: {k: {"psnr": r[n]["psnr"], "ssim": r[n]["ssim"], "seconds": r[n]["total_seconds"]} for k, r in rows.items()} for n, label in (
                 ("diffusion alone, 50 steps", "diffusion alone"), ("restart from interpolation", "restart from interpolation"), ("hybrid II", "hybrid II"))}
         found["hybrid III"] = {k: {m: r[m] for m in ("psnr", "ssim", "seconds")} for k, r in ((k, run.result()) for k, run in self.guided.items() if k[0] == task)}
+        if any(k[0] == task for k in self.twice):
+            found["two of hybrid III averaged"] = {k: {m: r[m] for m in ("psnr", "ssim", "seconds")} for k, r in ((k, run.result()) for k, run in self.twice.items() if k[0] == task)}
         pairs = {k: [run.result() for run in (self.plain[k], twin)] for k, twin in self.twin.items() if k[0] == task}
-        found["two DIPs averaged"] = {k: score(sum(r["pictures"][rule] / 255 for r in two) / 2, two[0]["pictures"]["clean"] / 255) | {"seconds": sum(r["seconds"] for r in two)} for k, two in pairs.items()}
+        found["two DIPs averaged"] = {k: self.averaged(k, [r["pictures"][rule] / 255 for r in two]) | {"seconds": sum(r["seconds"] for r in two)} for k, two in pairs.items()}
         return found
+
+    def averaged(self, key: tuple, pictures: list) -> dict:
+        """The mean of two fits' pictures, scored as `agreeing` scores one."""
+        run = self.plain[key]
+        clean = photo_named(run.photo, run.size)
+        y, operator = measure(run.task, clean, run.generator(f"{run.photo}/{run.task}"))
+        mean = sum(pictures) / len(pictures)
+        return score(mean if TASKS[run.task] else projection(mean, y, operator), clean)
 
     def assemble(self) -> tuple[dict, dict]:
         values, lines, decision = {}, [], []
@@ -2001,10 +2097,14 @@ class Final:
             chosen = of[slug(self.HEADLINE[task])]
             better = "over_dip" if of["DIP_alone_best_honest_stop"]["psnr"]["mean"] > of["diffusion_alone"]["psnr"]["mean"] else "over_diffusion"
             of["headline"] = chosen | {"over_better": chosen[better]}
-            of["best_hybrid"] = max(of[h]["psnr"]["mean"] for h in ("hybrid_I", "hybrid_II", "hybrid_III", "blend") if h in of)
+            of["best_hybrid"] = max(of[h]["psnr"]["mean"] for h in ("hybrid_I", "hybrid_II", "hybrid_III", "blend", "two_of_hybrid_III_averaged") if h in of)
+            best = max((h for h in ("hybrid_I", "hybrid_II", "hybrid_III", "blend", "two_of_hybrid_III_averaged") if h in of), key=lambda h: of[h]["over_dip"]["mean"])
+            of["best"] = {"name": best.replace("_", " "), "over_better": of[best][better]} | of[best]
             decision.append([task, self.HEADLINE[task], show(chosen["psnr"]), show(chosen["over_dip"]), show(chosen["over_diffusion"]), f"{100 * chosen['wins']:.0f} %", f"{chosen['seconds']['mean']:.1f}"])
         values["gain"] = float(np.mean([values[t]["headline"]["over_better"]["mean"] for t in self.TASKS]))
         values["won"] = sum(min(values[t]["headline"][m]["low"] for m in ("over_dip", "over_diffusion")) > 0 for t in self.TASKS)
+        values["won_best"] = sum(min(values[t]["best"][m]["low"] for m in ("over_dip", "over_diffusion")) > 0 for t in self.TASKS)
+        values["gain_best"] = float(np.mean([values[t]["best"]["over_better"]["mean"] for t in self.TASKS]))
         return values, {"main": table(["task", "method", "runs", "PSNR, dB", "SSIM", "seconds", "− DIP alone, dB", "− diffusion alone, dB", "beats both parents"], lines),
                         "decision": table(["task", "method chosen beforehand", "PSNR, dB", "− DIP alone, dB", "− diffusion alone, dB", "beats both parents", "seconds"], decision)}
 
@@ -2019,15 +2119,19 @@ class Final:
             plain = self.plain[key].result()["pictures"]
             stored = self.diffuse[key].result()["pictures"] if noisy else self.enter[key].result()["pictures"][view]
             alone = stored["diffusion"] if noisy else stored[f"entry {self.ways[0].index('diffusion alone, 50 steps')}"]
-            best = stored["blend"] if noisy else self.guided[key].result()["pictures"]["last"] if self.HEADLINE[task] == "hybrid III" else stored["entry 0"]
+            best = stored["blend"] if noisy else self.twice[key].result()["pictures"]["last"] if key in self.twice else stored["entry 0"]
             column = [(plain["measured"], task)]
-            for label, picture in (("DIP alone", plain["discrepancy_tuned" if noisy else "held_out"]), ("diffusion alone", alone), (self.HEADLINE[task], best)):
+            parent = plain["discrepancy_tuned" if noisy else "held_out"]
+            if not noisy:
+                y, operator = measure(task, photo_named(view, 96), self.plain[key].generator(f"{view}/{task}"))
+                parent = to_bytes(projection(parent / 255, y, operator))
+            for label, picture in (("DIP alone", parent), ("diffusion alone", alone), (self.HEADLINE[task], best)):
                 column.append((picture, f"{label}, {score(picture / 255, plain['clean'] / 255)['psnr']:.2f} dB"))
             columns.append([*column, (plain["clean"], view)])
         return panels(columns, transpose=True)
 
 
-EXPERIMENTS = {"ddpm": DDPM, "dip": DIP, "stop": Stop}
+EXPERIMENTS = {"ddpm": DDPM, "dip": DIP, "stop": Stop, "enter": Entrance, "truncate": Truncate, "guide": Guide, "final": Final}
 
 
 # ---------------------------------------------------------------------------------------------------- figures
@@ -2160,6 +2264,7 @@ def make_all(scale: str, jobs: int) -> None:
         try:
             stored = json.loads(path.read_text())
             fresh = stored["key"] == experiment_key(experiment) and all((out / f).exists() for f in stored["figures"])
+            fresh = fresh and all(run.path.exists() for run in everything_run(experiment.runs))         # a fresh clone has results, but has not computed them
         except (OSError, ValueError, KeyError):
             fresh = False
         if not fresh:
@@ -2216,7 +2321,9 @@ def bench() -> None:
             "U-Net training step, 8 patches 64×64": training("photos", 64, 8),
             "DIP step 96×96, as chosen": hourglass(96, widths=(32,) * 4, upsample="nearest", padding="zeros"),
             "DIP step 128×128, as chosen": hourglass(128, widths=(32,) * 4, upsample="nearest", padding="zeros"),
-            "DIP step 128×128, original network": hourglass(128), "SSIM 512×512 colour": lambda: metrics.ssim(x, y)}
+            "DIP step 128×128, original network": hourglass(128), "SSIM 512×512 colour": lambda: metrics.ssim(x, y),
+            "the same by scikit-image": lambda: structural_similarity(*(v[0].permute(1, 2, 0).numpy() for v in (x, y)), channel_axis=2, data_range=1,
+                                                                     gaussian_weights=True, use_sample_covariance=False)}
     for name, job in jobs.items():
         job()
         with FlopCounterMode(display=False) as counter:
@@ -2432,6 +2539,8 @@ def restore_staged(y, level, steps) -> tuple[Tensor, float, hybrid.Link]:
         bar.set_postfix_str(f"expected PSNR {expected:.1f} dB", refresh=False)
         bar.update()
     bar.close()
+    if not (y.min() > 0 and y.max() < 1):
+        print("(some pixels are saturated: their noise was cut, and the expectation will be off by a decibel or two)")
     print(f"stopped after {stage.i} steps, least estimated error at step {stage.best_step}: expected PSNR {expected:.1f} dB")
     return stage.blended, least, chain[0]
 

@@ -160,7 +160,7 @@ def staged_fit(y: Tensor, sigma: float, chain: Sequence[Link], fresh: Callable[[
 
 def error_curve(denoise: Callable, s: ddpm.Schedule, x0: Tensor, ts: Sequence[int], generator: torch.Generator) -> Tensor:
     """v(t), the model's mean squared error in [0, 1] units at every step, (T+1,): measured on training images x0 (B, C, H, W) in
-    [0, 1] at the rising steps `ts`, linear in between (in log v against t), with v(0) = 0."""
+    [0, 1] at two or more strictly rising steps `ts`, linear in between (in log v against t), with v(0) = 0."""
     found = []
     for t in ts:
         eps = torch.randn(x0.shape, generator=generator).to(x0.device)
@@ -191,9 +191,10 @@ def in_turn(*hooks: Refine) -> Refine:
 
 
 def agree(y: Tensor, operator: dip.Operator, sigma: float, v: Tensor) -> Refine:
-    """Data consistency: x̂₀ + w A⁺(y − A x̂₀), with w = v(t)/(v(t) + σ²), the weight of least variance for independent errors.
+    """Data consistency: x̂₀ + w A⁺(y − A x̂₀), with w = v(t)/(v(t) + σ²).
 
-    Without noise w = 1, and A x̂₀ = y exactly: the range–null-space decomposition (DDNM, Wang, Yu & Zhang 2023).
+    Without noise w = 1, and A x̂₀ = y exactly: the range–null-space decomposition (DDNM, Wang, Yu & Zhang 2023). With noise w is the
+    weight of least variance where guess and measurement err independently and A keeps variances (identity, mask; not means of pixels).
     """
     def refine(x0_hat: Tensor, t: int) -> Tensor:
         w = v[t].item() / (v[t].item() + sigma ** 2) if sigma else 1.0
@@ -216,7 +217,7 @@ def lean_on(f: Tensor, error: float, v: Tensor) -> Refine:
 def refit(y: Tensor, A: Callable, net: nn.Module, z: Tensor, steps: int, generator: torch.Generator, at: Sequence[int], *,
           weight: float = 1.0, **options) -> Refine:
     """Intermediate priors: at the steps t in `at`, DIP is fitted for `steps` more updates to y and to the current guess, and
-    its picture becomes the guess."""
+    its picture becomes the guess. (In `hand_over` the step of the entrance counts twice: for the entrance and for the step from it.)"""
     def refine(x0_hat: Tensor, t: int) -> Tensor:
         if t not in at:
             return x0_hat
@@ -248,7 +249,7 @@ def guided_fit(y: Tensor, A: Callable, net: nn.Module, z: Tensor, steps: int, ge
 
     At update i the chain is at the step t = ts(i / steps). Every `refresh` updates a running average of the images (decay `follow`)
     is diffused to t with noise from `noise` and denoised by one evaluation: x̂₀; no gradient goes through the model, so a fit costs
-    steps / refresh evaluations. This is RED-diff (Mardani et al. 2024) with a network's images in place of free pixels, as in
+    at most ⌈steps / refresh⌉ evaluations. This is RED-diff (Mardani et al. 2024) with a network's images in place of free pixels, as in
     DeepRED (Mataev, Elad & Milanfar 2019) with a diffusion model as the denoiser. `options` go to dip.fit, whose Steps it yields;
     with weight 0 it is dip.fit.
     """

@@ -229,6 +229,54 @@ def test_unknown_holes_and_false_claims_fail_the_build(template, message):
         E.render(template, RESULTS)
 
 
+class Tiny:
+    """An experiment of one run, for the machinery."""
+
+    def __init__(self, scale):
+        self.runs = [E.LearnToSee(1, seed=5)]
+
+    def assemble(self):
+        return {"weights": len(self.runs[0].result()["eye"])}, {}
+
+    def figures(self, values):
+        return {"sheet": lambda: E.sheet(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), 2)}
+
+
+def test_all_computes_on_a_fresh_clone_and_does_nothing_twice(tmp_path, monkeypatch):
+    """Committed results are not a computation: without the cache of runs everything is done again; with it nothing is."""
+    monkeypatch.setattr(E, "EXPERIMENTS", {"tiny": Tiny})
+    monkeypatch.setattr(E, "CACHE", tmp_path / "cache")
+    rendered, worked = [], []
+    monkeypatch.setattr(E, "make_report", rendered.append)
+    monkeypatch.setattr(E, "path_name", str)
+
+    def work(runs, jobs):
+        for run in [r for r in runs if not r.path.exists()]:
+            worked.append(run)
+            E.write(run.path, lambda p, run=run: torch.save(run.execute(lambda *a: None), p))
+    monkeypatch.setattr(E, "execute", work)
+    monkeypatch.setattr(E, "definitions", lambda: {("experiments", "LearnToSee"): __import__("ast").parse("1").body[0]})
+    E.fingerprint.cache_clear()
+    monkeypatch.setattr(E, "ROOT", tmp_path)
+    try:
+        for expected in (1, 1):
+            E.make_all("full", 1)
+            assert len(worked) == expected and (tmp_path / "out" / "tiny_sheet.png").exists()
+        stamp = (tmp_path / "out" / "tiny.json").stat().st_mtime_ns
+        E.make_all("full", 1)
+        assert (tmp_path / "out" / "tiny.json").stat().st_mtime_ns == stamp and len(rendered) == 3
+        shutil.rmtree(tmp_path / "cache")
+        E.make_all("full", 1)
+        assert len(worked) == 2
+        (tmp_path / "out" / "tiny_sheet.png").unlink()
+        E.make_all("full", 1)
+        assert len(worked) == 2 and (tmp_path / "out" / "tiny_sheet.png").exists()
+        E.make_all("quick", 1)
+        assert (tmp_path / "out-quick" / "tiny.json").exists() and len(worked) == 2
+    finally:
+        E.fingerprint.cache_clear()
+
+
 def test_a_missing_broken_or_stale_result_cannot_be_used(tmp_path):
     with pytest.raises(E.Refusal, match="missing or broken"):
         E.read_results("quick", tmp_path)
