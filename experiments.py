@@ -2106,7 +2106,7 @@ class Final:
         values["won_best"] = sum(min(values[t]["best"][m]["low"] for m in ("over_dip", "over_diffusion")) > 0 for t in self.TASKS)
         values["gain_best"] = float(np.mean([values[t]["best"]["over_better"]["mean"] for t in self.TASKS]))
         return values, {"main": table(["task", "method", "runs", "PSNR, dB", "SSIM", "seconds", "− DIP alone, dB", "− diffusion alone, dB", "beats both parents"], lines),
-                        "decision": table(["task", "method chosen beforehand", "PSNR, dB", "− DIP alone, dB", "− diffusion alone, dB", "beats both parents", "seconds"], decision)}
+                        "decision": table(["task", "method named for the task", "PSNR, dB", "− DIP alone, dB", "− diffusion alone, dB", "beats both parents", "seconds"], decision)}
 
     def figures(self, values: dict) -> dict:
         return {"answer": self.answer}
