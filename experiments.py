@@ -989,14 +989,19 @@ def projection(f: Tensor, y: Tensor, operator: dip.Operator) -> Tensor:
     return f + operator.pinv(y - operator.A(f))
 
 
+def keeping(run: Fit, picture: Tensor) -> Tensor:
+    """A picture made from the run's measurement, made to agree with it unless it is noisy: everybody may keep the pixels that are known."""
+    if TASKS[run.task]:
+        return picture
+    return projection(picture, *measure(run.task, photo_named(run.photo, run.size), run.generator(f"{run.photo}/{run.task}")))
+
+
 @functools.cache
 def agreeing(run: Fit, name) -> dict:
-    """A picture of a plain fit, by its name or by the step of a snapshot, scored after it was made to agree with what was measured:
-    everybody may keep the pixels that are known."""
-    result, clean = run.result(), photo_named(run.photo, run.size)
-    y, operator = measure(run.task, clean, run.generator(f"{run.photo}/{run.task}"))
+    """The score of a picture of a plain fit, by its name or by the step of a snapshot, with what was measured kept."""
+    result = run.result()
     picture = result["snapshots"][name].float() if isinstance(name, int) else result["pictures"][name] / 255
-    return score(picture if TASKS[run.task] else projection(picture, y, operator), clean)
+    return score(keeping(run, picture), photo_named(run.photo, run.size))
 
 
 def smoother(name: str, schedule: ddpm.Schedule):
@@ -1760,9 +1765,6 @@ class Entrance:
                 lines.append([task, label, 0, "" if way != "hybrid II" else BRIEF[task], show(entry["psnr"]), "", "", show(entry["better"]), f"{100 * entry['wins']:.0f} %"])
             found["median_dip"] = float(np.median([mine[v]["psnr"] - honest[v] for v in seen]))
             found["median_diffusion"] = float(np.median([mine[v]["psnr"] - max(rows[task, v, w]["psnr"] for w in self.WAYS if w.startswith("diffusion")) for v in seen]))
-            controls = [slug(w) for w in self.WAYS if w.startswith(("restart", "interpolation"))]
-            found["best_control"] = max(found[c]["psnr"]["mean"] for c in controls)
-            found["best_diffusion"] = max(found[slug(w)]["psnr"]["mean"] for w in self.WAYS if w.startswith("diffusion"))
         grid, regret = {}, []
         for (task, view), run in self.grid.items():
             of = dict(zip(self.GRID, run.result()["rows"][view]))
@@ -1848,8 +1850,7 @@ class Entrance:
         for task, view in zip(self.TASKS, wholes(self.scale) * 4):
             result, plain = self.main[task, view].result(), self.plain[task, view].result()
             stored, clean, row = result["pictures"][view], result["pictures"][view]["clean"] / 255, []
-            y, operator = measure(task, photo_named(view, 96), self.plain[task, view].generator(f"{view}/{task}"))
-            kept = to_bytes(projection(plain["pictures"]["held_out"] / 255, y, operator))
+            kept = to_bytes(keeping(self.plain[task, view], plain["pictures"]["held_out"] / 255))
             named = [("measured", stored["measured"]), ("DIP alone, honest stop", kept)] + [
                 (way, stored[f"entry {list(self.WAYS).index(way)}"]) for way in ("diffusion alone, 50 steps", "plain restart", "hybrid II")]
             for label, picture in named:
@@ -2071,16 +2072,8 @@ class Final:
         if any(k[0] == task for k in self.twice):
             found["two of hybrid III averaged"] = {k: {m: r[m] for m in ("psnr", "ssim", "seconds")} for k, r in ((k, run.result()) for k, run in self.twice.items() if k[0] == task)}
         pairs = {k: [run.result() for run in (self.plain[k], twin)] for k, twin in self.twin.items() if k[0] == task}
-        found["two DIPs averaged"] = {k: self.averaged(k, [r["pictures"][rule] / 255 for r in two]) | {"seconds": sum(r["seconds"] for r in two)} for k, two in pairs.items()}
+        found["two DIPs averaged"] = {k: score(keeping(self.plain[k], sum(r["pictures"][rule] / 255 for r in two) / 2), photo_named(k[1], 96)) | {"seconds": sum(r["seconds"] for r in two)} for k, two in pairs.items()}
         return found
-
-    def averaged(self, key: tuple, pictures: list) -> dict:
-        """The mean of two fits' pictures, scored as `agreeing` scores one."""
-        run = self.plain[key]
-        clean = photo_named(run.photo, run.size)
-        y, operator = measure(run.task, clean, run.generator(f"{run.photo}/{run.task}"))
-        mean = sum(pictures) / len(pictures)
-        return score(mean if TASKS[run.task] else projection(mean, y, operator), clean)
 
     def assemble(self) -> tuple[dict, dict]:
         values, lines, decision = {}, [], []
@@ -2097,7 +2090,6 @@ class Final:
             chosen = of[slug(self.HEADLINE[task])]
             better = "over_dip" if of["DIP_alone_best_honest_stop"]["psnr"]["mean"] > of["diffusion_alone"]["psnr"]["mean"] else "over_diffusion"
             of["headline"] = chosen | {"over_better": chosen[better]}
-            of["best_hybrid"] = max(of[h]["psnr"]["mean"] for h in ("hybrid_I", "hybrid_II", "hybrid_III", "blend", "two_of_hybrid_III_averaged") if h in of)
             best = max((h for h in ("hybrid_I", "hybrid_II", "hybrid_III", "blend", "two_of_hybrid_III_averaged") if h in of), key=lambda h: of[h]["over_dip"]["mean"])
             of["best"] = {"name": best.replace("_", " "), "over_better": of[best][better]} | of[best]
             decision.append([task, self.HEADLINE[task], show(chosen["psnr"]), show(chosen["over_dip"]), show(chosen["over_diffusion"]), f"{100 * chosen['wins']:.0f} %", f"{chosen['seconds']['mean']:.1f}"])
@@ -2121,10 +2113,7 @@ class Final:
             alone = stored["diffusion"] if noisy else stored[f"entry {self.ways[0].index('diffusion alone, 50 steps')}"]
             best = stored["blend"] if noisy else self.twice[key].result()["pictures"]["last"] if key in self.twice else stored["entry 0"]
             column = [(plain["measured"], task)]
-            parent = plain["discrepancy_tuned" if noisy else "held_out"]
-            if not noisy:
-                y, operator = measure(task, photo_named(view, 96), self.plain[key].generator(f"{view}/{task}"))
-                parent = to_bytes(projection(parent / 255, y, operator))
+            parent = to_bytes(keeping(self.plain[key], plain["discrepancy_tuned" if noisy else "held_out"] / 255))
             for label, picture in (("DIP alone", parent), ("diffusion alone", alone), (self.HEADLINE[task], best)):
                 column.append((picture, f"{label}, {score(picture / 255, plain['clean'] / 255)['psnr']:.2f} dB"))
             columns.append([*column, (plain["clean"], view)])
@@ -2496,12 +2485,17 @@ def save_picture(x: Tensor, path: Path) -> None:
     write(path, Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save)
 
 
+def kept_back(y: Tensor, operator: dip.Operator, generator: torch.Generator) -> Tensor:
+    """1 for the twentieth of all measurements that a fit will not see, (1, 1, h, w)."""
+    unseen = (torch.rand(1, 1, *y.shape[-2:], generator=generator) < 0.05).float().to(DEVICE)
+    return unseen * operator.A(torch.ones_like(operator.pinv(y)))[:, :1]                            # only what was measured
+
+
 def restore_dip(y, operator, task, shape, steps) -> Tensor:
     """DIP, stopped by held-out measurements: of all rules here the one that needs neither the truth nor the noise level."""
     steps, generator = steps or 2000, torch.Generator().manual_seed(0)
     net, z = cropped_dip(generator, shape, y.shape[1])
-    unseen = (torch.rand(1, 1, *y.shape[-2:], generator=generator) < 0.05).float().to(DEVICE)
-    unseen = unseen * operator.A(torch.ones_like(operator.pinv(y)))[:, :1]                          # only what was measured
+    unseen = kept_back(y, operator, generator)
 
     def seen(x):
         return operator.A(x) * (1 - unseen)
@@ -2576,7 +2570,7 @@ def restore_handover(y, operator, shape, steps, model, samples) -> Tensor:
     denoise, schedule = ready(model)
     grey, y, steps, generator = y.shape[1] == 1, y.expand(-1, 3, -1, -1), steps or 100, torch.Generator().manual_seed(0)
     net, z = cropped_dip(generator, shape, 3)
-    unseen = (torch.rand(1, 1, *y.shape[-2:], generator=generator) < 0.05).float().to(DEVICE) * operator.A(torch.ones_like(operator.pinv(y)))[:, :1]
+    unseen = kept_back(y, operator, generator)
     for step in tqdm(dip.fit(y * (1 - unseen), lambda x: operator.A(x) * (1 - unseen), net, z, steps, generator, amp=AMP), total=steps, desc="DIP, brief"):
         pass
     state = {name: w.clone() for name, w in net.state_dict().items()}
@@ -2617,9 +2611,7 @@ def restore_ddpm(y, operator, task, level, shape, steps, model) -> Tensor:
     if task == "denoise":
         estimate = ddpm.one_step(denoise, schedule, y, level)
     else:
-        def refine(x0_hat, t):
-            image = ddpm.to_image(x0_hat)
-            return ddpm.to_diffusion(image + operator.pinv(y - operator.A(image)))
+        refine = hybrid.agree(y, operator, 0.0, torch.zeros(schedule.T + 1))
         generator, count = torch.Generator().manual_seed(0), steps or 50
         x = torch.randn(1, 3, *shape, generator=generator).to(DEVICE)
         for state in tqdm(ddpm.ddim(denoise, schedule, x, count, generator, eta=0.85, refine=refine), total=count, desc=f"DDPM, {task}"):
