@@ -150,6 +150,13 @@ def held_out(parts: Tensor) -> Tensor:
     return (parts[:, 1] + parts[:, 2]) % 10 == 0
 
 
+def subject(name: str, size: int) -> Tensor:
+    """A clean picture by name: a view of a photo, or "cat-7" of a fixed row of cats, counted from 0."""
+    if name.startswith("cat-"):
+        return render_cats(draw_cats(torch.Generator().manual_seed(9), 64, keep=everything))[[int(name[4:])]]
+    return photo_named(name, size)
+
+
 HELD_OUT_SHARE = float(held_out(torch.cartesian_prod(*map(torch.arange, CAT_FACTORS.values()))).float().mean())
 
 
@@ -266,7 +273,9 @@ def _work(run: Run) -> None:
         if time.monotonic() - last[0] > 1:
             last[0] = time.monotonic()
             report_progress((run, done, note))
-    write(run.path, functools.partial(torch.save, run.execute(progress)))
+    began = time.perf_counter()
+    result = run.execute(progress)
+    write(run.path, functools.partial(torch.save, result | {"core_seconds": time.perf_counter() - began}))
 
 
 def execute(runs, jobs: int) -> None:
@@ -537,13 +546,7 @@ class DenoisePhotos(Run):
         for name, clean in ((n, x) for name in self.names for n, x in crops(name, self.size).items()):
             y = clean + sigma * torch.randn(clean.shape, generator=self.generator(name))
             began = time.perf_counter()
-            if self.steps == 1:
-                estimate = ddpm.one_step(denoise, schedule, y.to(DEVICE), sigma)
-            else:
-                t = ddpm.step_of(schedule, sigma)
-                x = ddpm.at(schedule.alpha_bar.sqrt(), t, y) * ddpm.to_diffusion(y)
-                *_, last = ddpm.ddim(denoise, schedule, x.to(DEVICE), self.steps, self.generator("chain"), t_start=t)
-                estimate = ddpm.to_image(last.x)
+            estimate = ddpm.denoise_photo(denoise, schedule, y.to(DEVICE), sigma, self.steps)
             seconds = time.perf_counter() - began
             rows[name] = score(estimate.cpu(), clean) | {"noisy_psnr": score(y, clean)["psnr"], "seconds": seconds}
             pictures[name] = [to_bytes(y), to_bytes(estimate), to_bytes(clean)]
@@ -649,6 +652,35 @@ class Fit(Run):
                 "seconds": seconds, "parameters": sum(p.numel() for p in network.parameters())}
 
 
+@dataclass(frozen=True)
+class Sure(Run):
+    """Stein's unbiased risk estimate along a fit: its divergence is the answer of a second fit, from the same start and with the same
+    jitter, to a little noise S ξ added to y (Monte-Carlo SURE, Ramani, Blu & Unser 2008). It ends like the pairs of hybrid I do."""
+    fit: Fit
+    ratio: float = 0.25                                                     # S / σ; of 1/50, 1/10 and 1/4 the best on development photos
+    patience: int = 15
+    seed: int = 0
+    label = property(lambda self: f"SURE of {self.fit.photo}")
+    cost = property(lambda self: 2 * self.fit.cost)
+
+    def execute(self, progress) -> dict:
+        run, sigma = self.fit, TASKS[self.fit.task] / 255
+        y, operator = measure(run.task, photo_named(run.photo, run.size), run.generator(f"{run.photo}/{run.task}"))
+        y, S, xi = y.to(DEVICE), self.ratio * sigma, torch.randn(y.shape, generator=self.generator("xi")).to(DEVICE)
+        fits, rule, values, began = [], dip.Valley(self.patience), [], time.perf_counter()
+        for target in (y, y + S * xi):
+            generator = run.generator(f"{run.photo}/{run.task}/start {run.start}")
+            network, z = fresh_dip(generator, y.shape[-2:], widths=run.widths, skip=run.skip, upsample=run.upsample, padding=run.padding)
+            fits.append(dip.fit(target, operator.A, network, z, run.steps, generator, jitter=run.jitter, amp=AMP))
+        for step, other in zip(*fits):
+            divergence = ((other.average - step.average) * xi).sum().item() / (S * y.numel())
+            values.append((step.average - y).square().mean().item() + 2 * sigma ** 2 * divergence - sigma ** 2)
+            progress(step.i / run.steps, run.task)
+            if rule.record(step.i, values[-1]):
+                break
+        return {"values": torch.tensor(values), "step": rule.best, "seconds": time.perf_counter() - began}
+
+
 # ------------------------------------------------------------------------------------------------ runs: hybrids
 
 def corrupt(clean: Tensor, noise: str, sigma: float, generator: torch.Generator) -> Tensor:
@@ -712,7 +744,7 @@ class Staged(Run):
     ratios: tuple = (0.25,)                                      # S / σ of each stage in the order walked; 0 is y itself
     mirrored: bool = True
     warm: bool = False
-    patience: int = 30
+    patience: int = 15
     copies: int = 1                                                                 # chains drawn and averaged
     belief: float = 1.0                                           # the σ that is believed over the true one; 0: estimated
     noise: str = "gaussian"
@@ -723,6 +755,7 @@ class Staged(Run):
     size: int = 96
     seed: int = 0
     model: Optional[Train] = None
+    watch: bool = True                                                  # go on after the stop, so that the scorer sees what was missed
     label = property(lambda self: f"stages of {self.photo}")
     needs = property(lambda self: (self.model,) if self.model else ())
     cost = property(lambda self: self.copies * len(self.ratios) * (1 + self.mirrored) * self.steps * 0.037 * (self.size / 96) ** 2)
@@ -734,7 +767,7 @@ class Staged(Run):
         return [links.get(r, hybrid.Link(ddpm.step_of(fine_cosine(), sigma), 0.0, y)) for r in self.ratios]
 
     def execute(self, progress) -> dict:
-        clean, generator, true = photo_named(self.photo, self.size), self.generator(f"{self.photo}/{self.task}"), TASKS[self.task] / 255
+        clean, generator, true = subject(self.photo, self.size), self.generator(f"{self.photo}/{self.task}"), TASKS[self.task] / 255
         y = corrupt(clean, self.noise, true, generator)
         sigma = self.belief * true if self.belief else estimate_sigma(y)
         source = clean if self.leak else y
@@ -747,7 +780,7 @@ class Staged(Run):
                 return fresh_dip(generator, y.shape[-2:], widths=self.widths, skip=self.skip)
             penalty, over, began = self.penalty(y, sigma), False, time.perf_counter()
             for stage in hybrid.staged_fit(source.to(DEVICE), sigma, chain, fresh, self.steps, generator, mirrored=self.mirrored, warm=self.warm,
-                                           patience=self.patience, watch=True, penalty=penalty, amp=AMP):
+                                           patience=self.patience, watch=self.watch, penalty=penalty, amp=AMP):
                 seconds += 0.0 if over else time.perf_counter() - began
                 over = stage.stopped and stage.k == len(chain) - 1
                 if stage.i == 1:
@@ -806,11 +839,10 @@ class Staged(Run):
 
 # ------------------------------------------------------------------- runs: DIP and the diffusion model together
 
-def subject(name: str, size: int) -> Tensor:
-    """A clean picture by name: a view of a photo, or "cat-7", the seventh of a fixed row of cats."""
-    if name.startswith("cat-"):
-        return render_cats(draw_cats(torch.Generator().manual_seed(9), 64, keep=everything))[[int(name[4:])]]
-    return photo_named(name, size)
+def kept_back(y: Tensor, operator: dip.Operator, generator: torch.Generator) -> Tensor:
+    """1 for the twentieth of all measurements that a fit will not see, (1, 1, h, w)."""
+    unseen = (torch.rand(1, 1, *y.shape[-2:], generator=generator) < 0.05).float().to(DEVICE)
+    return unseen * operator.A(torch.ones_like(operator.pinv(y)))[:, :1]                            # only what was measured
 
 
 @dataclass(frozen=True)
@@ -893,9 +925,7 @@ class Enter(Run):
                 "seconds": sum(row["chain_seconds"] for f in found for row in f["rows"])}
 
     def one(self, name: str, progress) -> dict:
-        clean, generator = subject(name, self.size).to(DEVICE), self.generator(f"{name}/{self.task}")   # the same measurement as in Fit
-        y, operator = measure(self.task, clean, generator)
-        unseen = (torch.rand(1, 1, *y.shape[-2:], generator=generator) < 0.05).float().to(DEVICE)
+        clean, y, operator, unseen = self.measured(name)
         (denoise, schedule), v = self.model.denoiser(), ModelError(self.model).result()["v"]
         stops = sorted({self.after(e) for e in self.entries})
         brief = self.brief(y, operator, unseen, clean.shape, stops, self.generator(f"{name}/{self.task}/start 0"))
@@ -912,7 +942,7 @@ class Enter(Run):
             elif entry.source != "dip":
                 f, spent = clean * 0 if entry.source == "noise" else classical_fill(entry.source, y, operator, self.task), 0.0
             t = schedule.T if entry.source == "noise" else entry.t or hybrid.enter_step(schedule, held_out, KAPPA)
-            chain, network = self.generator(f"{name}/chain {k if entry.samples > 1 else 0}"), None
+            chain = self.generator(f"{name}/chain {k if entry.samples > 1 else 0}")
             consistent = hybrid.agree(y, operator, 0.0, v) if entry.consistent else hybrid.in_turn()
             hooks = [consistent]
             if entry.lean:
@@ -938,6 +968,12 @@ class Enter(Run):
                 pictures[f"map {k}"] = 4 * images.std(0, keepdim=True).mean(1, keepdim=True).expand(-1, 3, -1, -1)
             progress((k + 1) / len(self.entries))
         return {"rows": rows, "pictures": {n: to_bytes(p) for n, p in pictures.items()}}
+
+    def measured(self, name: str) -> tuple:
+        """The clean picture, the same measurement of it as in Fit, and what of that no brief DIP will see."""
+        clean, generator = subject(name, self.size).to(DEVICE), self.generator(f"{name}/{self.task}")
+        y, operator = measure(self.task, clean, generator)
+        return clean, y, operator, kept_back(y, operator, generator)
 
     def after(self, entry: Entry) -> int:
         return entry.after or BRIEF[self.task]
@@ -965,10 +1001,8 @@ class Film(Run):
     needs = property(lambda self: self.enter.needs)
 
     def execute(self, progress) -> dict:
-        run, name = self.enter, self.enter.names[0]
-        clean, generator, entry = subject(name, run.size).to(DEVICE), run.generator(f"{name}/{run.task}"), run.entries[0]
-        y, operator = measure(run.task, clean, generator)
-        unseen = (torch.rand(1, 1, *y.shape[-2:], generator=generator) < 0.05).float().to(DEVICE)
+        run, name, entry = self.enter, self.enter.names[0], self.enter.entries[0]
+        clean, y, operator, unseen = run.measured(name)
         (denoise, schedule), start, after = run.model.denoiser(), f"{name}/{run.task}/start 0", run.after(entry)
         f, state, held_out, _ = run.brief(y, operator, unseen, clean.shape, [after], run.generator(start))[after]
         t, consistent = hybrid.enter_step(schedule, held_out, KAPPA), hybrid.agree(y, operator, 0.0, torch.zeros(schedule.T + 1))
@@ -1083,20 +1117,17 @@ class Diffuse(Run):
 
     def execute(self, progress) -> dict:
         run, stored = self.staged, self.staged.result()
-        clean, sigma, generator = photo_named(run.photo, run.size), TASKS[run.task] / 255, run.generator(f"{run.photo}/{run.task}")
+        clean, sigma, generator = subject(run.photo, run.size), TASKS[run.task] / 255, run.generator(f"{run.photo}/{run.task}")
         y = corrupt(clean, run.noise, sigma, generator)                                              # as in Staged, and its link
         link, = run.chain(y, sigma, run.generator(f"{run.photo}/{run.task}/stages 0"))
         denoise, schedule = self.model.denoiser()
 
         def alone(q, level, steps):
-            t = ddpm.step_of(schedule, level)
-            x = (ddpm.at(schedule.alpha_bar.sqrt(), t, q) * ddpm.to_diffusion(q)).to(DEVICE)
-            *_, last = ddpm.ddim(denoise, schedule, x, steps, torch.Generator(), t_start=t)
-            return ddpm.to_image(last.x).cpu()
-        found, began = {}, time.perf_counter()
-        found["one step"] = alone(y, sigma, 1)
-        found["diffusion"] = alone(y, sigma, self.steps)
-        seconds = {"one step": 0.0, "diffusion": time.perf_counter() - began}
+            return ddpm.denoise_photo(denoise, schedule, q.to(DEVICE), level, steps).cpu()
+        found, seconds = {}, {}
+        for name, steps in (("one step", 1), ("diffusion", self.steps)):
+            began = time.perf_counter()
+            found[name], seconds[name] = alone(y, sigma, steps), time.perf_counter() - began
         began = time.perf_counter()
         pair = [alone(q, math.hypot(sigma, link.S), self.steps) for q in (link.q, hybrid.mirror(y, link).q)]
         found["diffusion pair"], f = sum(pair) / 2, stored["pictures"]["delivered"] / 255
@@ -1114,7 +1145,7 @@ class Diffuse(Run):
                 *_, last = hybrid.hand_over(f.to(DEVICE), denoise, schedule, t, 8, run.generator(f"{run.photo}/chain"), refine=hook)
                 name, ts[name] = name + " lean" * lean, t
                 found[name], seconds[name] = ddpm.to_image(last.x).cpu(), time.perf_counter() - began + stored["seconds"]
-        return {"rows": {n: score(x, clean) | {"seconds": seconds[n]} for n, x in found.items()}, "seconds": 3.0, "entrance": ts["rule"],
+        return {"rows": {n: score(x, clean) | {"seconds": seconds[n]} for n, x in found.items()}, "entrance": ts["rule"],
                 "expected": 10 * math.log10(1 / max(expected, 1e-6)), "believed": 10 * math.log10(1 / max(risks[1], 1e-6)),
                 "weight": float((found["blend"] - found["diffusion pair"]).norm() / (f - found["diffusion pair"]).norm().clamp(min=1e-9)),
                 "pictures": {n: to_bytes(x) for n, x in (found | {"measured": y, "clean": clean}).items()}}
@@ -1203,6 +1234,10 @@ WMV, EMV = (80, 50), (0.05, 50, 50)         # window or weight, patience, first 
 
 def views(names) -> list[str]:
     return [view for name in names for view in crops(name)]
+
+
+def wholes(scale: Scale) -> list[str]:
+    return [view for view in views(scale.test) if view.endswith("whole")]
 
 
 def interval(values) -> dict:
@@ -1338,16 +1373,13 @@ class DDPM:
         return figure
 
     def denoising(self):
-        result = self.denoise[25, 1, 1.0][0].result()
-        columns = []
-        for view in [v for v in result["pictures"] if v.endswith("whole")]:
-            row, (noisy, estimate, clean) = result["rows"][view], result["pictures"][view]
-            columns.append([(noisy, f"noisy {row['noisy_psnr']:.2f} dB"), (estimate, f"one step {row['psnr']:.2f} dB, SSIM {row['ssim']:.3f}"), (clean, view)])
-        return panels(columns, transpose=True)
+        pictures = self.denoise[25, 1, 1.0][0].result()["pictures"]
+        return panels([[scored("noisy", pictures[v][0], pictures[v][2]), scored("one step", pictures[v][1], pictures[v][2]), (pictures[v][2], v)] for v in wholes(self.scale)], transpose=True)
 
 
 RULES = {"budget": "fixed budget", "wmv": "ES-WMV, rescaled", "emv": "ES-EMV, rescaled", "wmv_published": "ES-WMV, W 100, P 1000",
-         "emv_published": "ES-EMV, P 1000", "discrepancy": "discrepancy, τ = 1", "discrepancy_tuned": f"discrepancy, τ = {TAU}", "held_out": "held-out pixels"}
+         "emv_published": "ES-EMV, P 1000", "discrepancy": "discrepancy, τ = 1", "discrepancy_tuned": f"discrepancy, τ = {TAU}", "held_out": "held-out pixels",
+         "sure": "Monte-Carlo SURE"}
 
 
 class DIP:
@@ -1358,12 +1390,12 @@ class DIP:
         self.scale, fit = scale, scale.fit
         self.main = {(task, view, seed): Fit(view, task, fit[task], seed=seed, unseen=0.0 if TASKS[task] else 0.05)
                      for task in self.TASKS for view in views(scale.test) for seed in range(scale.seeds if task == "denoise25" else 1)}
-        self.held_out = {view: Fit(view, "denoise25", fit["denoise25"], unseen=0.05) for view in views(scale.test)}
+        self.held_out = {(task, view, 0): Fit(view, task, fit[task], unseen=0.05) for task in self.TASKS if TASKS[task] for view in views(scale.test)}
         changes = {"as chosen": {}, "bilinear, reflected borders": {"upsample": "bilinear", "padding": "reflect", "steps": 2 * fit["denoise25"]},
                    "3 scales": {"widths": (32,) * 3}, "width 16": {"widths": (16,) * 4},
                    "no skips": {"skip": 0}, "no jitter": {"jitter": 0.0}}
         self.ablation = {(name, view): Fit(**{"photo": view, "task": "denoise25", "steps": fit["denoise25"], "size": 64, **change})
-                         for name, change in changes.items() for view in views(scale.test) if view.endswith("whole")}
+                         for name, change in changes.items() for view in wholes(scale)}
 
     @property
     def runs(self) -> list[Run]:
@@ -1387,7 +1419,7 @@ class DIP:
 
     def assemble(self) -> tuple[dict, dict]:
         outcomes = {k: self.outcome(run) for k, run in self.main.items()}
-        held = {v: self.outcome(run) for v, run in self.held_out.items()}
+        held = {k: self.outcome(run) for k, run in self.held_out.items()}
         ablation = {k: self.outcome(run) for k, run in self.ablation.items()}
 
         def over_views(task, rule, key, found=outcomes):
@@ -1407,7 +1439,7 @@ class DIP:
             tasks[task] |= {"rule": chosen, "runs": sum(k[0] == task for k in outcomes),
                             "unfinished": sum(k[0] == task and o["oracle"]["step"] > 0.99 * self.main[k].steps for k, o in outcomes.items())}
             for rule in RULES:
-                source = {("denoise25", v, 0): o for v, o in held.items()} if (task, rule) == ("denoise25", "held_out") else outcomes
+                source = held if TASKS[task] and rule == "held_out" else outcomes
                 seen = [o[rule] for k, o in source.items() if k[0] == task and rule in o]
                 if seen:
                     gaps = [o["gap"] for o in seen]
@@ -1458,17 +1490,12 @@ class DIP:
         return figure
 
     def restored(self):
-        rows = []
+        columns = []
         for task, view in zip(self.TASKS, views(self.scale.test)[::2] * 2):
-            result = self.main[task, view, 0].result()
-            rule = "budget" if TASKS[task] else "held_out"
-            clean, row = result["pictures"]["clean"] / 255, []
-            for name, label in (("measured", task), (rule, RULES[rule]), ("last", "at the end"), ("clean", view)):
-                picture = result["pictures"][name]
-                s = score(picture / 255, clean)
-                row.append((picture, label if name == "clean" else f"{label}\n{s['psnr']:.2f} dB, SSIM {s['ssim']:.3f}"))
-            rows.append(row)
-        return panels(rows, transpose=True)
+            pictures, rule = self.main[task, view, 0].result()["pictures"], "budget" if TASKS[task] else "held_out"
+            named = {task: "measured", RULES[rule]: rule, "at the end": "last"}
+            columns.append([*(scored(label, pictures[name], pictures["clean"]) for label, name in named.items()), (pictures["clean"], view)])
+        return panels(columns, transpose=True)
 
     def ablation_curves(self):
         figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
@@ -1505,12 +1532,13 @@ class Stop:
         keys = [(task, view, seed) for task in self.TASKS for view in views(scale.test) for seed in range(min(2, scale.seeds) if task == "denoise25" else 1)]
         self.main = {(task, view, seed): Staged(view, task, round(1.16 * fit[task]), seed=seed) for task, view, seed in keys}
         self.plain = {k: DIP(scale).main[k] for k in keys}
+        self.held_out, self.sure = DIP(scale).held_out, {k: Sure(run) for k, run in self.plain.items() if k[2] == 0}
         self.twin = {view: Fit(view, "denoise25", fit["denoise25"], start=1) for view in views(scale.test)}
         four, slow = (2.0, 1.0, 0.5, 0.25), {"mirrored": False, "warm": True}
         photos = Train("photos", scale.photos)
         changes = {
             "as chosen: one mirrored pair, S = σ/4": {},
-            "S = σ/50 (Monte-Carlo SURE)": {"ratios": (0.02,)}, "S = σ/10": {"ratios": (0.1,)}, "S = σ/2": {"ratios": (0.5,)}, "S = σ": {"ratios": (1.0,)},
+            "S = σ/50": {"ratios": (0.02,)}, "S = σ/10": {"ratios": (0.1,)}, "S = σ/2": {"ratios": (0.5,)}, "S = σ": {"ratios": (1.0,)},
             "S = 2σ": {"ratios": (2.0,)}, "two pairs, S = σ, σ/4": {"ratios": (1.0, 0.25)}, "four pairs, S = 2σ … σ/4": {"ratios": four},
             "one network, S = σ/4": {"mirrored": False}, "one network, S = σ/2": {"ratios": (0.5,), "mirrored": False},
             "calibrate on S = σ/2, refit y": {"ratios": (0.5, 0.0), "mirrored": False}, "no stages, τ = 1": {"ratios": (0.0,), "mirrored": False},
@@ -1518,24 +1546,40 @@ class Stop:
             "… shuffled": {"ratios": (0.5, 2.0, 0.25, 1.0), **slow}, "… equal steps of S": {"ratios": (2.0, 1.42, 0.83, 0.25), **slow},
             "… equal steps of t, linear schedule": {"ratios": equal_steps(ddpm.linear, 4), **slow},
             "… equal steps of t, cosine schedule": {"ratios": equal_steps(ddpm.cosine, 4), **slow},
-            "never stopped": {"patience": 10 ** 6}, "two chains averaged": {"copies": 2},
+            "patience of 30": {"patience": 30}, "never stopped": {"patience": 10 ** 6}, "two chains averaged": {"copies": 2},
             "3 scales": {"widths": (32,) * 3}, "width 16": {"widths": (16,) * 4}, "no skips": {"skip": 0},
             "σ believed × 0.7": {"belief": 0.7}, "σ believed × 1.3": {"belief": 1.3}, "σ estimated": {"belief": 0.0},
             "noise cut to [0, 1]": {"noise": "clipped"}, "Poisson noise": {"noise": "poisson"}, "salt-and-pepper noise": {"noise": "salt and pepper"},
             "perceptual term": {"extra": "perceptual", "model": photos}, "adversarial term": {"extra": "adversarial"},
             "32 × 32 pixels": {"size": 32}, "128 × 128 pixels": {"size": 128, "steps": round(1.8 * fit["denoise25"])},
             "LEAK: stages of the clean image": {"ratios": (1.0, 0.5, 0.25, 0.1), "leak": True, "patience": 10 ** 6, "steps": fit["denoise25"] // 4, **slow}}
-        whole = [view for view in views(scale.test) if view.endswith("whole")]
+        whole = wholes(scale)
         self.ablation = {(name, view, 0): Staged(**{"photo": view, "task": "denoise25", "steps": fit["denoise25"], "size": 64} | change)
                          for name, change in changes.items() for view in whole}
         self.ablation |= {("Self-diffusion's stages", view, 0): SelfDiffusion(view, "denoise25", fit["denoise25"], size=64) for view in whole}
         self.early = 3 * fit["denoise25"] // 10                                           # a step at which the meters of all sizes are compared
         self.large = {("large", view, 0): Staged(view, "denoise25", self.early, size=256) for view in whole}
         self.small = {(view, 0): Fit(view, "denoise25", fit["denoise25"], size=64) for view in whole}
+        self.changed = {(name, view): run for (name, view), run in DIP(scale).ablation.items() if name in changes}         # plain DIP with that network
+        self.alien = {name for name, change in changes.items() if {"noise", "size"} & set(change)}           # no plain fit to compare with
 
     @property
     def runs(self) -> list[Run]:
-        return [*self.main.values(), *self.plain.values(), *self.twin.values(), *self.ablation.values(), *self.small.values(), *self.large.values()]
+        return [*self.main.values(), *self.plain.values(), *self.held_out.values(), *self.sure.values(), *self.twin.values(), *self.ablation.values(),
+                *self.small.values(), *self.changed.values(), *self.large.values()]
+
+    def rival(self, rule: str, task: str) -> dict:
+        """(task, photo, seed) → what a rule did on its fit, which is the plain one but for held-out pixels, and the best step there."""
+        found = {}
+        for k, run in ((k, run) for k, run in (self.held_out if rule == "held_out" else self.plain).items() if k[0] == task):
+            outcome = DIP.outcome(run)
+            if rule != "sure":
+                found[k] = outcome[rule]
+            elif k in self.sure:
+                step, curves = self.sure[k].result()["step"], run.result()["curves"]
+                found[k] = {"step": step, "psnr": curves["average_psnr"][step - 1].item(), "gap": float(curves["average_psnr"].max() - curves["average_psnr"][step - 1]),
+                            "iterate_gap": float(curves["psnr"].max() - curves["psnr"][step - 1])}
+        return {k: o | {"late": abs(o["step"] - DIP.outcome((self.held_out if rule == "held_out" else self.plain)[k])["oracle"]["step"])} for k, o in found.items()}
 
     def assemble(self) -> tuple[dict, dict]:
         plain = {k: DIP.outcome(run) for k, run in self.plain.items()}
@@ -1555,15 +1599,16 @@ class Stop:
                       "cost": over(lambda k: main[k]["seconds"] / (self.plain[k].result()["seconds"] * plain[k]["oracle"]["step"] / self.plain[k].steps))}
             rows.append([task, "**mirrored pair**", found["runs"], show(found["gap"], 3), *(f"{found[m]:.2f}" for m in ("median", "p90", "worst")),
                          f"{100 * found['failures']:.0f} %", f"{found['late']['mean']:.0f}", show(found["psnr"]), "", ""])
-            for rule in (r for r in RULES if r != "held_out"):
-                iterate_gaps = over(lambda k: plain[k][rule]["iterate_gap"] - main[k]["gap"])
-                gaps, better = over(lambda k: plain[k][rule]["gap"] - main[k]["gap"]), over(lambda k: main[k]["psnr"] - plain[k][rule]["psnr"])
-                tail = spread(plain[k][rule]["gap"] for k in keys)
-                wins = float(np.mean([main[k]["psnr"] > plain[k][rule]["psnr"] for k in keys]))
-                found[rule] = {"gap": over(lambda k: plain[k][rule]["gap"]), "gaps": gaps, "iterate_gaps": iterate_gaps, "better": better, "wins": wins} | tail
-                rows.append([task, RULES[rule], tail["runs"], show(found[rule]["gap"], 3), *(f"{tail[m]:.2f}" for m in ("median", "p90", "worst")),
-                             f"{100 * tail['failures']:.0f} %",
-                             f"{over(lambda k: abs(plain[k][rule]['step'] - plain[k]['oracle']['step']))['mean']:.0f}", show(over(lambda k: plain[k][rule]["psnr"])), show(better), f"{100 * wins:.0f} %"])
+            for rule in RULES:
+                rival = self.rival(rule, task)
+                def against(number):
+                    return by_photo({k: number(k) for k in rival})
+                tail, wins = spread(r["gap"] for r in rival.values()), float(np.mean([main[k]["psnr"] > r["psnr"] for k, r in rival.items()]))
+                found[rule] = {"gap": against(lambda k: rival[k]["gap"]), "gaps": against(lambda k: rival[k]["gap"] - main[k]["gap"]), "wins": wins,
+                               "iterate_gaps": against(lambda k: rival[k]["iterate_gap"] - main[k]["gap"]), "psnr": against(lambda k: rival[k]["psnr"]),
+                               "better": against(lambda k: main[k]["psnr"] - rival[k]["psnr"])} | tail
+                rows.append([task, RULES[rule], tail["runs"], show(found[rule]["gap"], 3), *(f"{tail[m]:.2f}" for m in ("median", "p90", "worst")), f"{100 * tail['failures']:.0f} %",
+                             f"{against(lambda k: rival[k]['late'])['mean']:.0f}", show(found[rule]["psnr"]), show(found[rule]["better"]), f"{100 * wins:.0f} %"])
         keys = [("denoise25", view, 0) for view in twin]
         for name, label in (("oracle", "*oracle* of each"), ("discrepancy_tuned", RULES["discrepancy_tuned"])):
             of = {k: score((self.plain[k].result()["pictures"][name] / 255 + twin[k[1]]["pictures"][name] / 255) / 2, twin[k[1]]["pictures"]["clean"] / 255)["psnr"]
@@ -1576,9 +1621,10 @@ class Stop:
         for name in dict.fromkeys(k[0] for k in self.ablation):
             runs = {k: self.digest(run.result()) for k, run in self.ablation.items() if k[0] == name}
             known = all(math.isfinite(r["error"]) for r in runs.values())
+            oracle = {k: (DIP.outcome(self.changed[name, k[1]]) if (name, k[1]) in self.changed else small[k[1:]])["oracle"]["psnr"] for k in runs}
             ablation[name] = {m: by_photo({k: r[m] for k, r in runs.items()}) for m in ("gap", "psnr", "last", "seconds")} | {
                 "error": by_photo({k: r["error"] for k, r in runs.items()}) if known else None,
-                "gain": by_photo({k: r["psnr"] - small[k[1:]]["oracle"]["psnr"] for k, r in runs.items()}), "worst": max(r["gap"] for r in runs.values()),
+                "gain": None if name in self.alien else by_photo({k: r["psnr"] - oracle[k] for k, r in runs.items()}), "worst": max(r["gap"] for r in runs.values()),
                 "cost": by_photo({k: r["seconds"] / base[k[1:]]["seconds"] for k, r in runs.items()})}
         sizes = {}
         for size in (32, 64, 96, 128, 256):
@@ -1598,7 +1644,7 @@ class Stop:
                 for t, v in ((t, values[t]) for t in self.TASKS)]),
             "control": table(["σ = 25, first seed", "PSNR, dB", "mirrored pair − it, dB"], versus),
             "ablation": table(["change", "gap, dB", "worst", "delivered, dB", "− *oracle* of plain DIP", "expected − true, dB", "seconds / as chosen"], [
-                [name, show(a["gap"], 3), f"{a['worst']:.2f}", show(a["psnr"]), show(a["gain"]),
+                [name, show(a["gap"], 3), f"{a['worst']:.2f}", show(a["psnr"]), show(a["gain"]) if a["gain"] else "none",
                  show(a["error"]) if a["error"] else "none", f"{a['cost']['mean']:.1f}"] for name, a in ablation.items()]),
             "stages": table(["stage", "S / σ", "t / T", "delivered at step", "PSNR against its own noisy target", "SSIM against it", "PSNR by its error meter", "*true* PSNR", "*true* SSIM"], [
                 [k, f"{x['ratio']:.2f}", f"{x['t']:.4f}", x["step"], f"{x['own_psnr']:.2f}", f"{x['own_ssim']:.3f}", f"{x['believed']:.2f}", f"{x['delivered']:.2f}", f"{x['ssim']:.3f}"]
@@ -1624,7 +1670,7 @@ class Stop:
 
     def meter(self):
         figure, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
-        for ax, view in zip(axes, [v for v in views(self.scale.test) if v.endswith("whole")]):
+        for ax, view in zip(axes, wholes(self.scale)):
             result = self.main["denoise25", view, 0].result()
             steps = range(1, len(result["curves"]["psnr"]) + 1)
             ax.plot(steps, result["curves"]["psnr"], color="k", label="truth")
@@ -1639,8 +1685,7 @@ class Stop:
         figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained", sharey=True)
         for ax, task in zip(axes, self.TASKS):
             rows = {"mirrored pair": [self.digest(r.result())["gap"] for k, r in self.main.items() if k[0] == task]}
-            rows |= {RULES[rule]: [DIP.outcome(r)[rule]["gap"] for k, r in self.plain.items() if k[0] == task]
-                     for rule in RULES if rule != "held_out"}
+            rows |= {RULES[rule]: [r["gap"] for r in self.rival(rule, task).values()] for rule in RULES}
             for i, gaps in enumerate(rows.values()):
                 ax.plot([i + 0.25 * (j / len(gaps) - 0.5) for j in range(len(gaps))], [max(g, 1e-3) for g in gaps], "o", ms=4, alpha=0.6)
             ax.set_xticks(range(len(rows)), rows, rotation=30, ha="right", fontsize=8)
@@ -1675,10 +1720,6 @@ def equal_steps(make, n: int, sigma: float = 25 / 255, high: float = 2.0, low: f
     return tuple(round(math.sqrt(ddpm.noise_level(s)[round(t)].item() ** 2 / sigma ** 2 - 1), 2) for t in np.linspace(*ends, n))
 
 
-def wholes(scale: Scale) -> list[str]:
-    return [view for view in views(scale.test) if view.endswith("whole")]
-
-
 def ways_at(scale: Scale, ways: dict) -> tuple:
     """The entries of a table of ways; on the quick scale as short as they can be."""
     if scale.seeds > 1:
@@ -1708,6 +1749,7 @@ class Entrance:
                 **{f"diffusion alone, {k} steps": Entry("noise", steps=k, eta=0.85, refits=0) for k in (5, 20, 100)},
                 "diffusion alone, 50 steps, η = 0": Entry("noise", steps=50, refits=0)}
     NETWORKS = {"width 16": (16,) * 4, "3 scales": (32,) * 3}
+    LONG = {"hybrid II": Entry()} | {f"diffusion alone, {k} steps": Entry("noise", steps=k, eta=0.85, refits=0) for k in (100, 300)}     # timed together
     CATS = ("bigblock", "superres4")
     CAT_WAYS = ("hybrid II", "plain restart", "restart from A⁺y", "restart from interpolation", "diffusion alone, 10 steps", "diffusion alone, 50 steps")
 
@@ -1718,9 +1760,11 @@ class Entrance:
         self.main = {(task, view): Enter((view,), task, photos, ways) for task in self.TASKS for view in views(s.test)}
         self.grid = {(task, view): Enter((view,), task, photos, ways_at(s, self.GRID)) for task in self.TASKS for view in four}
         self.ablation = {(task, view): Enter((view,), task, photos, ways_at(s, self.ABLATION)) for task in ("block", "superres4") for view in four}
+        self.long = {(task, view): Enter((view,), task, photos, ways_at(s, self.LONG)) for task in self.TASKS for view in four}
         self.networks = {(name, task, view): Enter((view,), task, photos, ways_at(s, {"": Entry()}), widths=widths)
                          for name, widths in self.NETWORKS.items() for task in ("block", "superres4") for view in four}
-        self.cats = {task: Enter(tuple(f"cat-{i}" for i in range(cats_at(s))), task, Train("cats", s.cats, places=PLACES),
+        cats = Train("cats", s.cats, places=PLACES)
+        self.cats = {task: Enter(tuple(f"cat-{i}" for i in range(cats_at(s))), task, cats,
                                  ways_at(s, {w: self.WAYS[w] for w in self.CAT_WAYS}), size=32) for task in self.CATS}
         self.eye, self.reference = LearnToSee(s.eye), RealCats(LearnToSee(s.eye), 4 * s.samples, seed=2)
         dips, stop = DIP(s), Stop(s)
@@ -1728,10 +1772,11 @@ class Entrance:
                       for task in self.TASKS for view in views(s.test)}
         self.films = {task: Film(self.main[task, four[0]]) for task in ("block", "superres4")}
         self.noisy = {k: Diffuse(run, photos) for k, run in stop.main.items() if k[0] != "denoise15" and k[2] == 0}
+        self.noisy |= {("cats", i, 0): Diffuse(Staged(f"cat-{i}", "denoise25", s.fit["denoise25"], size=32, watch=False), cats) for i in range(cats_at(s))}
 
     @property
     def runs(self) -> list[Run]:
-        return [*self.main.values(), *self.grid.values(), *self.ablation.values(), *self.networks.values(), *self.cats.values(), self.eye, self.reference,
+        return [*self.main.values(), *self.grid.values(), *self.ablation.values(), *self.long.values(), *self.networks.values(), *self.cats.values(), self.eye, self.reference,
                 *self.plain.values(), *self.films.values(), *self.noisy.values()]
 
     def assemble(self) -> tuple[dict, dict]:
@@ -1793,6 +1838,13 @@ class Entrance:
                 needed = [min((k for k, p in way.items() if p >= goal), default=None) for way in (hybrid_way, plain_way, alone)]
                 reaches[f"{task}_{slug(label)}"] = {"goal": goal, **{n: k or 10 ** 6 for n, k in zip(("hybrid", "plain", "alone"), needed)}}
                 reach_lines.append([task, label, f"{goal:.2f}", *("never" if k is None else k for k in needed)])
+        long, long_lines = {}, []                                                                # diffusion alone with as many seconds
+        for task in self.TASKS:
+            found = {v: dict(zip(self.LONG, self.long[task, v].result()["rows"][v])) for v in wholes(self.scale)}
+            for way in self.LONG:
+                entry = long[f"{task}_{slug(way)}"] = {m: interval(f[way][m] for f in found.values()) for m in ("psnr", "total_seconds", "evaluations")} | {
+                    "better": interval(f["hybrid II"]["psnr"] - f[way]["psnr"] for f in found.values())}
+                long_lines.append([task, way, f"{entry['evaluations']['mean']:.0f}", show(entry["psnr"]), f"{entry['total_seconds']['mean']:.1f}", show(entry["better"]) if way != "hybrid II" else ""])
         cats, cat_lines = {}, []
         reference = self.reference.result()
         for task, run in self.cats.items():
@@ -1807,13 +1859,13 @@ class Entrance:
                 cat_lines.append([task, way, f"{of[0]['evaluations']}", show(entry["psnr"]), show(entry["better"]) if k else "", f"{entry['fidelity']:.3f}", f"{entry['frechet']:.1f}",
                                   f"{100 * entry['entropy_least']:.0f} %", f"{entry['seconds']:.1f}"])
         noisy, noisy_lines = {}, []
-        for task in ("denoise25", "denoise50"):
+        for task in ("denoise25", "denoise50", "cats"):
             runs = {k: run.result()["rows"] for k, run in self.noisy.items() if k[0] == task}
             pair = {k: self.noisy[k].staged.result()["psnr"] for k in runs}
             noisy[task] = {slug(n): interval(r[n]["psnr"] for r in runs.values()) | {"gain": interval(r[n]["psnr"] - pair[k] for k, r in runs.items())} for n in next(iter(runs.values()))}
             noisy[task] |= {"pair": interval(pair.values()), "regret": interval(max([r["rule"]["psnr"], *(r[f"t{t}"]["psnr"] for t in (10, 20, 40, 80, 160, 320))]) - r["rule"]["psnr"] for r in runs.values())}
             names = {"one step": "diffusion alone, one step from y", "diffusion": "diffusion alone, four steps from y", "rule": "pair's picture restarted at the rule's step",
-                     "rule lean": "… guided by the pair's picture", **{f"t{t}": f"… restarted at t = {t}" for t in (20, 80, 320, 1000)}, "blend": "blend of both, by estimated risks"}
+                     "rule lean": "… guided by the pair's picture", **{f"t{t}": f"… restarted at t = {t}" for t in (20, 80, 320, 1000)}, "diffusion pair": "two diffusion estimates averaged", "half": "DIP pair and diffusion, half each", "blend": "blend of both, by estimated risks"}
             noisy_lines += [[task, "mirrored pair of DIPs (hybrid I)", show(noisy[task]["pair"]), ""], *([task, label, show(noisy[task][slug(n)]), show(noisy[task][slug(n)]["gain"])] for n, label in names.items())]
         tables = {
             "main": table(["task", "way", "evaluations", "DIP updates", "PSNR, dB", "SSIM", "seconds", "hybrid II − it, dB", "hybrid II wins"], lines),
@@ -1821,13 +1873,14 @@ class Entrance:
             "ablation": table(["change", "task", "PSNR, dB", "gain, dB", "DIP updates", "evaluations", "seconds"], [
                 [name, task, f"{c['psnr']['mean']:.2f}", show(c["gain"]), f"{c['updates']:.0f}", f"{c['evaluations']:.0f}", f"{c['total_seconds']:.1f}"]
                 for (name, task), c in zip(ablation, changes.values()) if "samples" not in name]),
-            "diversity": table(["entrance", "task", "RMS distance between two samples", "RMS distance to f", "PSNR of one sample, dB", "PSNR of the mean of eight, dB"], [
-                [name.split(", ")[1], task, f"{c['diversity']:.4f}", f"{c['to_f']:.4f}", f"{c['psnr']['mean']:.2f}", f"{c['mean_psnr']:.2f}"]
+            "diversity": table(["entrance", "task", "RMS distance between two samples", "RMS distance to f", "PSNR of one sample, dB", "PSNR of the mean of eight, dB", "seconds for all", "seconds a sample"], [
+                [name.split(", ")[1], task, f"{c['diversity']:.4f}", f"{c['to_f']:.4f}", f"{c['psnr']['mean']:.2f}", f"{c['mean_psnr']:.2f}", f"{c['total_seconds']:.1f}", f"{c['total_seconds'] / c['evaluations'] * 8:.1f}"]
                 for (name, task), c in zip(ablation, changes.values()) if "samples" in name]),
+            "long": table(["task", "way", "evaluations", "PSNR, dB", "seconds", "hybrid II − it, dB"], long_lines),
             "reach": table(["task", "quality of", "PSNR, dB", "hybrid II", "plain restart", "diffusion alone"], reach_lines),
             "cats": table(["task", "way", "evaluations", "PSNR, dB", "hybrid II − it, dB", "fidelity ↓", "Fréchet ↓", "least factor entropy ↑", "seconds"], cat_lines),
             "noisy": table(["task", "way", "PSNR, dB", "− pair, dB"], noisy_lines)}
-        return {"main": values, "ablation": changes, "cats": cats, "noisy": noisy, "reaches": reaches, "kappa": KAPPA,
+        return {"main": values, "ablation": changes, "cats": cats, "noisy": noisy, "long": long, "reaches": reaches, "kappa": KAPPA,
                 "grid": {f"{task}_{slug(n)}": float(np.mean(v)) for (task, n), v in grid.items()}}, tables
 
     def at_updates(self, task: str, view: str) -> float:
@@ -1846,17 +1899,13 @@ class Entrance:
         return panels(rows)
 
     def pictures(self):
-        rows = []
+        columns = []
         for task, view in zip(self.TASKS, wholes(self.scale) * 4):
-            result, plain = self.main[task, view].result(), self.plain[task, view].result()
-            stored, clean, row = result["pictures"][view], result["pictures"][view]["clean"] / 255, []
-            kept = to_bytes(keeping(self.plain[task, view], plain["pictures"]["held_out"] / 255))
-            named = [("measured", stored["measured"]), ("DIP alone, honest stop", kept)] + [
-                (way, stored[f"entry {list(self.WAYS).index(way)}"]) for way in ("diffusion alone, 50 steps", "plain restart", "hybrid II")]
-            for label, picture in named:
-                row.append((picture, f"{task if label == 'measured' else label}\n{score(picture / 255, clean)['psnr']:.2f} dB"))
-            rows.append([*row, (stored["clean"], view)])
-        return panels(rows, transpose=True)
+            stored, plain = self.main[task, view].result()["pictures"][view], self.plain[task, view]
+            named = {task: stored["measured"], "DIP alone, honest stop": to_bytes(keeping(plain, plain.result()["pictures"]["held_out"] / 255))} | {
+                way: stored[f"entry {list(self.WAYS).index(way)}"] for way in ("diffusion alone, 50 steps", "plain restart", "hybrid II")}
+            columns.append([*(scored(label, picture, stored["clean"]) for label, picture in named.items()), (stored["clean"], view)])
+        return panels(columns, transpose=True)
 
     def cost(self, values: dict):
         figure, axes = plt.subplots(2, 4, figsize=(16, 7), layout="constrained", sharey="col")
@@ -1959,6 +2008,7 @@ class Guide:
     def __init__(self, scale: Scale):
         s = self.scale = scale
         photos, cats, four = Train("photos", s.photos), Train("cats", s.cats, places=PLACES), wholes(s)
+        self.strong = Train("photos", 4 * s.photos)
         def steps(task):
             return round(1.6 * s.fit[task]) if TASKS[task] else s.fit[task]
         self.main = {(task, view): Guided(view, task, steps(task), photos) for task in self.TASKS for view in views(s.test)}
@@ -1966,7 +2016,7 @@ class Guide:
         changes = {"as chosen": {}, "score off (λ = 0)": {"strength": 0.0, "refresh": 10 ** 6}, "λ = 0.1": {"strength": 0.1}, "λ = 0.8": {"strength": 0.8},
                    "λ = 6.4": {"strength": 6.4}, "CNN off (free pixels)": {"free": True}, "TV in the model's place": {"prior": "tv"}, "non-local means in the model's place": {"prior": "nlm"},
                    "fixed t": {"low": 1.0}, "random t": {"order": "random"}, "refresh 20": {"refresh": 20},
-                   "model after 1/4": {"at": 1 / 4}, "cats' model (out of domain)": {"model": cats},
+                   "model after 1/4": {"at": 1 / 4}, "model trained 4 × as long": {"model": self.strong}, "cats' model (out of domain)": {"model": cats},
                    "σ believed × 0.7": {"belief": 0.7}, "σ believed × 1.3": {"belief": 1.3}, "two fits averaged": {"copies": 2}}
         self.ablation = {(name, view): Guided(**{"photo": view, "task": "denoise25", "steps": steps("denoise25"), "model": photos, "size": 64} | change)
                          for name, change in changes.items() for view in four}
@@ -2015,7 +2065,7 @@ class Guide:
         axes[0].set(title="σ = 25: guided (lines), score off (dotted)", xlabel="DIP updates", ylabel="PSNR of the running average, dB")
         axes[0].legend(fontsize=8)
         for ax, wanted in ((axes[1], ("as chosen", "score off (λ = 0)", "λ = 0.1", "λ = 0.8", "λ = 6.4")),
-                           (axes[2], ("as chosen", "CNN off (free pixels)", "TV in the model's place", "non-local means in the model's place", "cats' model (out of domain)", "model after 1/4"))):
+                           (axes[2], ("as chosen", "CNN off (free pixels)", "TV in the model's place", "non-local means in the model's place", "cats' model (out of domain)", "model after 1/4", "model trained 4 × as long"))):
             for name in wanted:
                 ax.plot(torch.stack([r.result()["curve"] for k, r in self.ablation.items() if k[0] == name]).mean(0), label=name)
             ax.set(xlabel="DIP updates", title="four photos of 64 × 64 pixels")
@@ -2030,7 +2080,8 @@ class Final:
 
     TASKS = ("denoise25", "denoise50", "block", "random80", "superres4")
     TWICE = ("denoise25",)                                                                 # tasks with a second seed of noise and start
-    HEADLINE = {"denoise25": "blend", "denoise50": "blend", "block": "hybrid II", "random80": "two of hybrid III averaged", "superres4": "two of hybrid III averaged"}
+    STRONG = ("hybrid II", "diffusion alone, 50 steps")
+    CANDIDATES = {True: ("hybrid I", "blend", "hybrid III"), False: ("hybrid II", "hybrid III", "two of hybrid III averaged")}           # with noise, without
 
     def __init__(self, scale: Scale):
         s = self.scale = scale
@@ -2038,19 +2089,44 @@ class Final:
         keys = [(task, view, seed) for task in self.TASKS for view in views(s.test) for seed in (seeds if task in self.TWICE else seeds[:1])]
         self.plain = {(t, v, n): dips.main.get((t, v, n)) or Fit(v, t, s.fit[t], unseen=0.0 if TASKS[t] else 0.05, seed=n) for t, v, n in keys}
         self.diffuse = {k: Diffuse(stop.main.get(k) or Staged(k[1], k[0], round(1.16 * s.fit[k[0]]), seed=k[2]), photos) for k in keys if TASKS[k[0]]}
-        second = ("hybrid II", "restart from interpolation", "diffusion alone, 50 steps")
-        entrance = Entrance(s)
-        self.ways = {0: list(Entrance.WAYS), 1: list(second)}
-        self.enter = {k: entrance.main[k[:2]] if k[2] == 0 else Enter((k[1],), k[0], photos, ways_at(s, {w: Entrance.WAYS[w] for w in second}), seed=k[2]) for k in keys if not TASKS[k[0]]}
+        self.enter = {(t, v, 0): run for (t, v), run in Entrance(s).main.items() if t in self.TASKS}
         self.guided = {(t, v, 0): guide.main[t, v] for t, v, n in keys if n == 0}
-        self.twice = {k: replace(self.guided[k], copies=2) for k in self.guided if k[0] in ("random80", "superres4")}
+        self.strong = {k: {"hybrid III": replace(run, model=guide.strong)} | (
+            {"diffuse": replace(self.diffuse[k], model=guide.strong)} if TASKS[k[0]] else
+            {"enter": Enter((k[1],), k[0], guide.strong, ways_at(s, {w: Entrance.WAYS[w] for w in self.STRONG}))}) for k, run in self.guided.items() if k[1] in wholes(s)}
+        self.twice = {k: replace(run, copies=2) for k, run in self.guided.items() if not TASKS[k[0]]}
+        self.development = {(t, v): self.candidates(replace(guide.main[t, views(s.test)[0]], photo=v), s) for t in self.TASKS for v in views(DEVELOPMENT)[:6 if s.seeds > 1 else 1]}
         self.twin = {("denoise25", view, 0): stop.twin[view] for view in wholes(s)} | {
             (t, v, 0): Fit(v, t, s.fit[t], unseen=0.0 if TASKS[t] else 0.05, start=1)
-            for t in self.TASKS[1:] for v in (views(s.test) if t in ("random80", "superres4") else wholes(s))}
+            for t in self.TASKS[1:] for v in (wholes(s) if TASKS[t] else views(s.test))}
 
     @property
     def runs(self) -> list[Run]:
-        return [*self.plain.values(), *self.diffuse.values(), *self.enter.values(), *self.guided.values(), *self.twice.values(), *self.twin.values()]
+        return [*self.plain.values(), *self.diffuse.values(), *self.enter.values(), *self.guided.values(), *self.twice.values(), *self.twin.values(),
+                *(run for found in (self.strong, self.development) for runs in found.values() for run in runs.values())]
+
+    def candidates(self, guided: Guided, s: Scale) -> dict:
+        """The runs behind the hybrids for one development photo, which decide what is named for its task."""
+        if TASKS[guided.task]:
+            return {"blend": Diffuse(Staged(guided.photo, guided.task, round(1.16 * s.fit[guided.task]), watch=False), guided.model), "hybrid III": guided}
+        return {"hybrid II": Enter((guided.photo,), guided.task, guided.model, ways_at(s, {"": Entry()})), "hybrid III": guided,
+                "two of hybrid III averaged": replace(guided, copies=2)}
+
+    @functools.cached_property
+    def chosen(self) -> dict:
+        """Task → {hybrid: mean PSNR on the development photos}, the best one first. The first is the one that is named."""
+        found = {}
+        for (task, _), runs in self.development.items():
+            psnr = {}
+            for name, run in runs.items():
+                result = run.result()
+                if name == "blend":
+                    psnr |= {"blend": result["rows"]["blend"]["psnr"], "hybrid I": run.staged.result()["psnr"]}
+                else:
+                    psnr[name] = result["rows"][run.names[0]][0]["psnr"] if name == "hybrid II" else result["psnr"]
+            found.setdefault(task, []).append(psnr)
+        means = {task: {n: float(np.mean([p[n] for p in rows])) for n in self.CANDIDATES[bool(TASKS[task])]} for task, rows in found.items()}
+        return {task: dict(sorted(of.items(), key=lambda item: -item[1])) for task, of in means.items()}
 
     def methods(self, task: str) -> dict:
         """Method → {(task, photo, seed): {psnr, ssim, seconds}}."""
@@ -2065,7 +2141,7 @@ class Final:
             found |= {"hybrid I": {k: {m: staged[k][m] for m in ("psnr", "ssim", "seconds")} for k in keys}, "hybrid II": {k: r["rule lean"] for k, r in rows.items()},
                       "blend": {k: r["blend"] for k, r in rows.items()}, "DIP pair and diffusion, half each": {k: r["half"] for k, r in rows.items()}}
         else:
-            rows = {k: dict(zip(self.ways[k[2]], self.enter[k].result()["rows"][k[1]])) for k in keys}
+            rows = {k: dict(zip(Entrance.WAYS, self.enter[k].result()["rows"][k[1]])) for k in keys}
             found |= {label: {k: {"psnr": r[n]["psnr"], "ssim": r[n]["ssim"], "seconds": r[n]["total_seconds"]} for k, r in rows.items()} for n, label in (
                 ("diffusion alone, 50 steps", "diffusion alone"), ("restart from interpolation", "restart from interpolation"), ("hybrid II", "hybrid II"))}
         found["hybrid III"] = {k: {m: r[m] for m in ("psnr", "ssim", "seconds")} for k, r in ((k, run.result()) for k, run in self.guided.items() if k[0] == task)}
@@ -2075,29 +2151,49 @@ class Final:
         found["two DIPs averaged"] = {k: score(keeping(self.plain[k], sum(r["pictures"][rule] / 255 for r in two) / 2), photo_named(k[1], 96)) | {"seconds": sum(r["seconds"] for r in two)} for k, two in pairs.items()}
         return found
 
+    def stronger(self, task: str, methods: dict) -> tuple[dict, list]:
+        """The same with a model that was trained four times as long: PSNR, gain over the shorter training, and over both parents."""
+        found = {}
+        for k, runs in ((k, r) for k, r in self.strong.items() if k[0] == task):
+            rows = runs["diffuse"].result()["rows"] if "diffuse" in runs else dict(zip(self.STRONG, runs["enter"].result()["rows"][k[1]]))
+            names = {"diffusion alone": "diffusion", "blend": "blend"} if "diffuse" in runs else {"diffusion alone": self.STRONG[1], "hybrid II": "hybrid II"}
+            for label, psnr in {**{label: rows[name]["psnr"] for label, name in names.items()}, "hybrid III": runs["hybrid III"].result()["psnr"]}.items():
+                found.setdefault(label, {})[k] = psnr
+        alone, dip_alone = found["diffusion alone"], methods["DIP alone, best honest stop"]
+        values = {slug(n): {"psnr": by_photo(of), "gain": by_photo({k: p - methods[n][k]["psnr"] for k, p in of.items()}), "over_diffusion": by_photo({k: p - alone[k] for k, p in of.items()}),
+                            "over_dip": by_photo({k: p - dip_alone[k]["psnr"] for k, p in of.items()})} for n, of in found.items()}
+        curves = [runs["hybrid III"].result()["curve"] for k, runs in self.strong.items() if k[0] == task]
+        values["hybrid_III"]["loss"] = interval(float(c.max() - c[-1]) for c in curves)
+        return values, [[task, n, *(show(values[slug(n)][m]) for m in ("psnr", "gain", "over_dip")), "" if n == "diffusion alone" else show(values[slug(n)]["over_diffusion"])] for n in found]
+
     def assemble(self) -> tuple[dict, dict]:
-        values, lines, decision = {}, [], []
+        values, lines, decision, strong = {"strong": {}, "development": {t: {slug(n): p for n, p in of.items()} for t, of in self.chosen.items()}}, [], [], []
         for task in self.TASKS:
-            methods = self.methods(task)
+            methods, name_chosen = self.methods(task), next(iter(self.chosen[task]))
+            values["strong"][task], more = self.stronger(task, methods)
+            strong += more
             dip_alone, alone = methods["DIP alone, best honest stop"], methods["diffusion alone"]
             of = values[task] = {}
             for name, rows in methods.items():
                 entry = of[slug(name)] = {m: by_photo({k: r[m] for k, r in rows.items()}) for m in ("psnr", "ssim", "seconds")} | {
                     "over_dip": by_photo({k: r["psnr"] - dip_alone[k]["psnr"] for k, r in rows.items()}), "over_diffusion": by_photo({k: r["psnr"] - alone[k]["psnr"] for k, r in rows.items()}),
                     "wins": float(np.mean([r["psnr"] > max(dip_alone[k]["psnr"], alone[k]["psnr"]) for k, r in rows.items()])), "runs": len(rows)}
-                lines.append([task, f"**{name}**" if name == self.HEADLINE[task] else name, entry["runs"], show(entry["psnr"]), show(entry["ssim"], 3), f"{entry['seconds']['mean']:.1f}",
+                lines.append([task, f"**{name}**" if name == name_chosen else name, entry["runs"], show(entry["psnr"]), show(entry["ssim"], 3), f"{entry['seconds']['mean']:.1f}",
                               show(entry["over_dip"]), show(entry["over_diffusion"]), f"{100 * entry['wins']:.0f} %"])
-            chosen = of[slug(self.HEADLINE[task])]
+            chosen = of[slug(name_chosen)]
             better = "over_dip" if of["DIP_alone_best_honest_stop"]["psnr"]["mean"] > of["diffusion_alone"]["psnr"]["mean"] else "over_diffusion"
-            of["headline"] = chosen | {"over_better": chosen[better]}
+            of["headline"] = chosen | {"over_better": chosen[better], "name": name_chosen}
             best = max((h for h in ("hybrid_I", "hybrid_II", "hybrid_III", "blend", "two_of_hybrid_III_averaged") if h in of), key=lambda h: of[h]["over_dip"]["mean"])
             of["best"] = {"name": best.replace("_", " "), "over_better": of[best][better]} | of[best]
-            decision.append([task, self.HEADLINE[task], show(chosen["psnr"]), show(chosen["over_dip"]), show(chosen["over_diffusion"]), f"{100 * chosen['wins']:.0f} %", f"{chosen['seconds']['mean']:.1f}"])
+            decision.append([task, name_chosen, show(chosen["psnr"]), show(chosen["over_dip"]), show(chosen["over_diffusion"]), f"{100 * chosen['wins']:.0f} %", f"{chosen['seconds']['mean']:.1f}"])
         values["gain"] = float(np.mean([values[t]["headline"]["over_better"]["mean"] for t in self.TASKS]))
         values["won"] = sum(min(values[t]["headline"][m]["low"] for m in ("over_dip", "over_diffusion")) > 0 for t in self.TASKS)
         values["won_best"] = sum(min(values[t]["best"][m]["low"] for m in ("over_dip", "over_diffusion")) > 0 for t in self.TASKS)
         values["gain_best"] = float(np.mean([values[t]["best"]["over_better"]["mean"] for t in self.TASKS]))
         return values, {"main": table(["task", "method", "runs", "PSNR, dB", "SSIM", "seconds", "− DIP alone, dB", "− diffusion alone, dB", "beats both parents"], lines),
+                        "strong": table(["task", "method", "PSNR, dB", "− with the shorter training, dB", "− DIP alone, dB", "− diffusion alone (same model), dB"], strong),
+                        "development": table(["task", *dict.fromkeys(sum(self.CANDIDATES.values(), ()))], [[task, *(f"{of[n]:.2f}" if n in of else "" for n in dict.fromkeys(sum(self.CANDIDATES.values(), ())))]
+                                                                                          for task, of in self.chosen.items()]),
                         "decision": table(["task", "method named for the task", "PSNR, dB", "− DIP alone, dB", "− diffusion alone, dB", "beats both parents", "seconds"], decision)}
 
     def figures(self, values: dict) -> dict:
@@ -2110,13 +2206,12 @@ class Final:
             key, noisy = (task, view, 0), bool(TASKS[task])
             plain = self.plain[key].result()["pictures"]
             stored = self.diffuse[key].result()["pictures"] if noisy else self.enter[key].result()["pictures"][view]
-            alone = stored["diffusion"] if noisy else stored[f"entry {self.ways[0].index('diffusion alone, 50 steps')}"]
-            best = stored["blend"] if noisy else self.twice[key].result()["pictures"]["last"] if key in self.twice else stored["entry 0"]
-            column = [(plain["measured"], task)]
-            parent = to_bytes(keeping(self.plain[key], plain["discrepancy_tuned" if noisy else "held_out"] / 255))
-            for label, picture in (("DIP alone", parent), ("diffusion alone", alone), (self.HEADLINE[task], best)):
-                column.append((picture, f"{label}, {score(picture / 255, plain['clean'] / 255)['psnr']:.2f} dB"))
-            columns.append([*column, (plain["clean"], view)])
+            alone = stored["diffusion"] if noisy else stored[f"entry {list(Entrance.WAYS).index('diffusion alone, 50 steps')}"]
+            best = {"hybrid III": lambda: self.guided[key].result()["pictures"]["last"], "two of hybrid III averaged": lambda: self.twice[key].result()["pictures"]["last"],
+                    "hybrid I": lambda: self.diffuse[key].staged.result()["pictures"]["delivered"], "hybrid II": lambda: stored["entry 0"], "blend": lambda: stored["blend"]}
+            name, parent = next(iter(self.chosen[task])), to_bytes(keeping(self.plain[key], plain["discrepancy_tuned" if noisy else "held_out"] / 255))
+            named = {"DIP alone": parent, "diffusion alone": alone, name: best[name]()}
+            columns.append([(plain["measured"], task), *(scored(label, picture, plain["clean"]) for label, picture in named.items()), (plain["clean"], view)])
         return panels(columns, transpose=True)
 
 
@@ -2134,6 +2229,12 @@ def sheet(images: Tensor, columns: int):
     grid = grid.reshape(rows, columns, 3, h + 2, w + 2).permute(0, 3, 1, 4, 2).reshape(rows * (h + 2), columns * (w + 2), 3)
     k = max(1, 900 // grid.shape[1])
     return Image.fromarray(grid.numpy()).resize((grid.shape[1] * k, grid.shape[0] * k), Image.Resampling.NEAREST)
+
+
+def scored(label: str, picture: Tensor, clean: Tensor) -> tuple:
+    """A picture (bytes) and its title, with its score."""
+    found = score(picture / 255, clean / 255)
+    return picture, f"{label}\n{found['psnr']:.2f} dB, SSIM {found['ssim']:.3f}"
 
 
 def panels(rows, transpose: bool = False):
@@ -2247,9 +2348,10 @@ def everything_run(runs) -> dict:
 def make_all(scale: str, jobs: int) -> None:
     """Run what is missing, assemble out/*.json and the figures, render the report."""
     out = ROOT / ("out" if scale == "full" else f"out-{scale}")
-    stale = {}
+    stale, first = {}, {}                                                          # first: run → the experiment that pays for it
     for name, make in EXPERIMENTS.items():
         experiment, path = make(SCALES[scale]), out / f"{name}.json"
+        first = dict.fromkeys(everything_run(experiment.runs), name) | first
         try:
             stored = json.loads(path.read_text())
             fresh = stored["key"] == experiment_key(experiment) and all((out / f).exists() for f in stored["figures"])
@@ -2263,7 +2365,8 @@ def make_all(scale: str, jobs: int) -> None:
         values, tables = experiment.assemble()
         figures = draw_figures(name, experiment, values, out)
         runs = everything_run(experiment.runs)
-        seconds = sum(run.result().get("seconds", 0.0) for run in runs)
+        paid = [run.result() for run in runs if first[run] == name]
+        seconds = sum(max(r.get("core_seconds", 0.0), r.get("seconds", 0.0)) for r in paid)                      # a resumed training adds up its own
         stored = {"experiment": name, "key": experiment_key(experiment), "scale": scale, "hardware": hardware(), "runs": len(runs), "core_seconds": seconds,
                   "figures": figures, "settings": sorted({repr(run) for run in runs}), "values": values, "tables": tables}
         write(out / f"{name}.json", lambda p: p.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n"))
@@ -2401,6 +2504,8 @@ def train(images: str, out: str = "", train_steps: int = 0) -> None:
 def restore(image: str, task: str, method: str = "dip", sigma: str = "", mask: str = "", factor: str = "", out: str = "", steps: int = 0,
             images: str = "", train_steps: int = 0, samples: str = "") -> None:
     """Restore a photo from a file; writes the result and a before/after picture beside it."""
+    if not image or not task:
+        raise Refusal("restore needs IMAGE=… and TASK=denoise, inpaint or superres")
     if task not in ("denoise", "inpaint", "superres"):
         raise Refusal(f"unknown task {task!r}: choose denoise, inpaint or superres")
     if method not in ("dip", "ddpm", "staged", "blend", "handover", "guided"):
@@ -2485,12 +2590,6 @@ def save_picture(x: Tensor, path: Path) -> None:
     write(path, Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save)
 
 
-def kept_back(y: Tensor, operator: dip.Operator, generator: torch.Generator) -> Tensor:
-    """1 for the twentieth of all measurements that a fit will not see, (1, 1, h, w)."""
-    unseen = (torch.rand(1, 1, *y.shape[-2:], generator=generator) < 0.05).float().to(DEVICE)
-    return unseen * operator.A(torch.ones_like(operator.pinv(y)))[:, :1]                            # only what was measured
-
-
 def restore_dip(y, operator, task, shape, steps) -> Tensor:
     """DIP, stopped by held-out measurements: of all rules here the one that needs neither the truth nor the noise level."""
     steps, generator = steps or 2000, torch.Generator().manual_seed(0)
@@ -2547,18 +2646,11 @@ def ready(model: Train):
     return model.denoiser()
 
 
-def denoise_by_diffusion(denoise, schedule, y: Tensor, sigma: float, steps: int) -> Tensor:
-    """The model alone, from the step that fits the noise."""
-    t = ddpm.step_of(schedule, sigma)
-    *_, last = ddpm.ddim(denoise, schedule, ddpm.at(schedule.alpha_bar.sqrt(), t, y) * ddpm.to_diffusion(y), steps, torch.Generator(), t_start=t)
-    return ddpm.to_image(last.x)
-
-
 def restore_blend(y, level, steps, model) -> Tensor:
     """Hybrid I and the diffusion model, each on a mirrored pair, mixed by their estimated errors."""
     denoise, schedule = ready(model)
     f, error, link = restore_staged(y, level, steps)
-    pair = [denoise_by_diffusion(denoise, schedule, q.expand(-1, 3, -1, -1), math.hypot(level, link.S), 4) for q in (link.q, hybrid.mirror(y, link).q)]
+    pair = [ddpm.denoise_photo(denoise, schedule, q.expand(-1, 3, -1, -1), math.hypot(level, link.S), 4) for q in (link.q, hybrid.mirror(y, link).q)]
     pair = [x.mean(1, keepdim=True) for x in pair] if y.shape[1] == 1 else pair
     mixed, expected = hybrid.blend(f, error, sum(pair) / 2, hybrid.pair_risk(*pair, y, level, link))
     print(f"blended with the diffusion model's picture: expected PSNR {-10 * math.log10(max(expected, 1e-6)):.1f} dB")
@@ -2609,7 +2701,7 @@ def restore_ddpm(y, operator, task, level, shape, steps, model) -> Tensor:
     grey = y.shape[1] == 1
     y = y.expand(-1, 3, -1, -1)
     if task == "denoise":
-        estimate = ddpm.one_step(denoise, schedule, y, level)
+        estimate = ddpm.denoise_photo(denoise, schedule, y, level)
     else:
         refine = hybrid.agree(y, operator, 0.0, torch.zeros(schedule.T + 1))
         generator, count = torch.Generator().manual_seed(0), steps or 50
@@ -2642,20 +2734,8 @@ def command_line() -> None:
     options = vars(parser.parse_args())
     command = options.pop("command")
     try:
-        if command == "all":
-            make_all(options["scale"], max(1, options["jobs"]))
-        elif command == "report":
-            make_report(options["scale"])
-        elif command == "figures":
-            make_figures(options["scale"])
-        elif command == "bench":
-            bench()
-        elif command == "train":
-            train(**options)
-        else:
-            if not options["image"] or not options["task"]:
-                raise Refusal("restore needs IMAGE=… and TASK=denoise, inpaint or superres")
-            restore(**options)
+        {"all": lambda: make_all(options["scale"], max(1, options["jobs"])), "report": lambda: make_report(options["scale"]),
+         "figures": lambda: make_figures(options["scale"]), "bench": bench, "train": lambda: train(**options), "restore": lambda: restore(**options)}[command]()
     except Refusal as refusal:
         sys.exit(f"error: {refusal}")
     except KeyboardInterrupt:

@@ -121,7 +121,7 @@ class Stage(NamedTuple):
 
 
 def staged_fit(y: Tensor, sigma: float, chain: Sequence[Link], fresh: Callable[[], tuple[nn.Module, Tensor]], steps: int,
-               generator: torch.Generator, *, mirrored: bool = True, warm: bool = False, patience: int = 30, watch: bool = False,
+               generator: torch.Generator, *, mirrored: bool = True, warm: bool = False, patience: int = 15, watch: bool = False,
                **options) -> Iterator[Stage]:
     """DIP on the states of a noising chain, in the order given, each stopped by its own error meter; at most `steps` a stage.
 

@@ -48,11 +48,14 @@ def frechet(features_a: Tensor, features_b: Tensor) -> float:
 
     (n, d), (m, d) → |μ_a − μ_b|² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½), not negative. Biased upwards by about 1/n + 1/m: compare only
     sets of equal size, and print the distance of real from real beside it. Any rank is fine: with Σ = L Lᵀ the last
-    trace is the sum of the singular values of L_aᵀ L_b, and no root of a non-symmetric matrix is taken.
+    trace is the sum of the singular values of L_aᵀ L_b, and no root of a non-symmetric matrix is taken. Raises ValueError for
+    other shapes and for features that are not finite.
     """
     a, b = features_a.double(), features_b.double()
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(f"frechet needs two sets (n, d) of at least 2 features of one length, got {tuple(a.shape)} and {tuple(b.shape)}")
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise ValueError("frechet needs finite features, found NaN or infinity: look at the pictures or the network behind them")
     mean_gap = (a.mean(0) - b.mean(0)).square().sum()
     root_a, root_b = _covariance_root(a), _covariance_root(b)
     overlap = torch.linalg.svdvals(root_a.T @ root_b).sum()

@@ -200,8 +200,23 @@ def test_one_step_denoising_of_gaussian_images_is_the_wiener_estimate():
     s, mean, std = ddpm.cosine(1000), 0.6, 0.2
     y = torch.rand(1, 1, 8, 8, generator=generator())
     sigma = ddpm.noise_level(s)[200].item()
-    got = ddpm.one_step(gaussian_denoiser(s, 2 * mean - 1, 2 * std), s, y, sigma)
+    got = ddpm.denoise_photo(gaussian_denoiser(s, 2 * mean - 1, 2 * std), s, y, sigma)
     assert torch.allclose(got, mean + std ** 2 / (std ** 2 + sigma ** 2) * (y - mean), atol=1e-5)
+
+
+def test_many_steps_from_a_noisy_photo_follow_the_ode_of_gaussian_images():
+    """η = 0 with ever more steps moves y along dx/dσ = −σ ∇log p: for N(m, v) that ends at m + √(v / (v + σ²)) (y − m), a sample and not the mean."""
+    s, mean, std = ddpm.cosine(1000), 0.6, 0.2
+    y = torch.rand(1, 1, 8, 8, generator=generator())
+    sigma = ddpm.noise_level(s)[200].item()
+    model, seen = gaussian_denoiser(s, 2 * mean - 1, 2 * std), []
+
+    def counted(xt, t):
+        seen.append(t)
+        return model(xt, t)
+    got = ddpm.denoise_photo(counted, s, y, sigma, 100)
+    assert torch.allclose(got, mean + (std ** 2 / (std ** 2 + sigma ** 2)) ** 0.5 * (y - mean), atol=3e-3)
+    assert len(seen) == 100 and seen[0] == 200
 
 
 # ------------------------------------------------------------------------------------------ network and training
