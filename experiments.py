@@ -150,13 +150,6 @@ def held_out(parts: Tensor) -> Tensor:
     return (parts[:, 1] + parts[:, 2]) % 10 == 0
 
 
-def subject(name: str, size: int) -> Tensor:
-    """A clean picture by name: a view of a photo, or "cat-7" of a fixed row of cats, counted from 0."""
-    if name.startswith("cat-"):
-        return render_cats(draw_cats(torch.Generator().manual_seed(9), 64, keep=everything))[[int(name[4:])]]
-    return photo_named(name, size)
-
-
 HELD_OUT_SHARE = float(held_out(torch.cartesian_prod(*map(torch.arange, CAT_FACTORS.values()))).float().mean())
 
 
@@ -164,6 +157,13 @@ def draw_cats(generator: torch.Generator, n: int, keep=lambda parts: ~held_out(p
     """(n, 5) factors, uniform among the combinations that `keep` admits."""
     parts = torch.stack([torch.randint(k, (4 * n + 64,), generator=generator) for k in CAT_FACTORS.values()], dim=1)
     return parts[keep(parts)][:n]
+
+
+def subject(name: str, size: int) -> Tensor:
+    """A clean picture by name: a view of a photo, or "cat-7" of a fixed row of cats, counted from 0."""
+    if name.startswith("cat-"):
+        return render_cats(draw_cats(torch.Generator().manual_seed(9), 64, keep=everything))[[int(name[4:])]]
+    return photo_named(name, size)
 
 
 # -------------------------------------------------------------------------------------------------- machinery
@@ -1570,16 +1570,16 @@ class Stop:
 
     def rival(self, rule: str, task: str) -> dict:
         """(task, photo, seed) → what a rule did on its fit, which is the plain one but for held-out pixels, and the best step there."""
-        found = {}
-        for k, run in ((k, run) for k, run in (self.held_out if rule == "held_out" else self.plain).items() if k[0] == task):
-            outcome = DIP.outcome(run)
-            if rule != "sure":
-                found[k] = outcome[rule]
-            elif k in self.sure:
-                step, curves = self.sure[k].result()["step"], run.result()["curves"]
-                found[k] = {"step": step, "psnr": curves["average_psnr"][step - 1].item(), "gap": float(curves["average_psnr"].max() - curves["average_psnr"][step - 1]),
-                            "iterate_gap": float(curves["psnr"].max() - curves["psnr"][step - 1])}
-        return {k: o | {"late": abs(o["step"] - DIP.outcome((self.held_out if rule == "held_out" else self.plain)[k])["oracle"]["step"])} for k, o in found.items()}
+        fits, found = self.held_out if rule == "held_out" else self.plain, {}
+        for k in (k for k in (self.sure if rule == "sure" else fits) if k[0] == task):
+            outcome = DIP.outcome(fits[k])
+            if rule == "sure":
+                step, curves = self.sure[k].result()["step"], fits[k].result()["curves"]
+                average, iterates = curves["average_psnr"], curves["psnr"]
+                outcome = outcome | {"sure": {"step": step, "psnr": average[step - 1].item(), "gap": float(average.max() - average[step - 1]),
+                                              "iterate_gap": float(iterates.max() - iterates[step - 1])}}
+            found[k] = outcome[rule] | {"late": abs(outcome[rule]["step"] - outcome["oracle"]["step"])}
+        return found
 
     def assemble(self) -> tuple[dict, dict]:
         plain = {k: DIP.outcome(run) for k, run in self.plain.items()}
@@ -1886,7 +1886,7 @@ class Entrance:
     def at_updates(self, task: str, view: str) -> float:
         """Plain DIP's PSNR after 300 updates, the kept step that is next above hybrid II's."""
         run = self.plain[task, view]
-        return agreeing(run, max((i for i in run.result()["snapshots"]), default="last"))["psnr"]
+        return agreeing(run, max(run.result()["snapshots"], default="last"))["psnr"]
 
     def figures(self, values: dict) -> dict:
         return {"pictures": self.pictures, "cost": lambda: self.cost(values), "maps": self.maps, "film": self.film}
@@ -2131,22 +2131,24 @@ class Final:
     def methods(self, task: str) -> dict:
         """Method → {(task, photo, seed): {psnr, ssim, seconds}}."""
         keys, rule = [k for k in self.plain if k[0] == task], "discrepancy_tuned" if TASKS[task] else "held_out"
+        def finished(runs):
+            results = {k: run.result() for k, run in runs.items() if k[0] == task}
+            return {k: {m: r[m] for m in ("psnr", "ssim", "seconds")} for k, r in results.items()}
         def alone(name):
             return {k: agreeing(self.plain[k], name) | {"seconds": DIP.outcome(self.plain[k])[name]["seconds"]} for k in keys}
         found = {"DIP alone, best honest stop": alone(rule), "DIP alone, *oracle*": alone("oracle")}
         if TASKS[task]:
             rows = {k: self.diffuse[k].result()["rows"] for k in keys}
-            staged = {k: self.diffuse[k].staged.result() for k in keys}
             found |= {label: {k: r[n] for k, r in rows.items()} for n, label in (("diffusion", "diffusion alone"), ("one step", "diffusion alone, one step"), ("diffusion pair", "two diffusion estimates averaged"))}
-            found |= {"hybrid I": {k: {m: staged[k][m] for m in ("psnr", "ssim", "seconds")} for k in keys}, "hybrid II": {k: r["rule lean"] for k, r in rows.items()},
+            found |= {"hybrid I": finished({k: self.diffuse[k].staged for k in keys}), "hybrid II": {k: r["rule lean"] for k, r in rows.items()},
                       "blend": {k: r["blend"] for k, r in rows.items()}, "DIP pair and diffusion, half each": {k: r["half"] for k, r in rows.items()}}
         else:
             rows = {k: dict(zip(Entrance.WAYS, self.enter[k].result()["rows"][k[1]])) for k in keys}
             found |= {label: {k: {"psnr": r[n]["psnr"], "ssim": r[n]["ssim"], "seconds": r[n]["total_seconds"]} for k, r in rows.items()} for n, label in (
                 ("diffusion alone, 50 steps", "diffusion alone"), ("restart from interpolation", "restart from interpolation"), ("hybrid II", "hybrid II"))}
-        found["hybrid III"] = {k: {m: r[m] for m in ("psnr", "ssim", "seconds")} for k, r in ((k, run.result()) for k, run in self.guided.items() if k[0] == task)}
-        if any(k[0] == task for k in self.twice):
-            found["two of hybrid III averaged"] = {k: {m: r[m] for m in ("psnr", "ssim", "seconds")} for k, r in ((k, run.result()) for k, run in self.twice.items() if k[0] == task)}
+        found["hybrid III"] = finished(self.guided)
+        if not TASKS[task]:
+            found["two of hybrid III averaged"] = finished(self.twice)
         pairs = {k: [run.result() for run in (self.plain[k], twin)] for k, twin in self.twin.items() if k[0] == task}
         found["two DIPs averaged"] = {k: score(keeping(self.plain[k], sum(r["pictures"][rule] / 255 for r in two) / 2), photo_named(k[1], 96)) | {"seconds": sum(r["seconds"] for r in two)} for k, two in pairs.items()}
         return found
@@ -2167,6 +2169,7 @@ class Final:
         return values, [[task, n, *(show(values[slug(n)][m]) for m in ("psnr", "gain", "over_dip")), "" if n == "diffusion alone" else show(values[slug(n)]["over_diffusion"])] for n in found]
 
     def assemble(self) -> tuple[dict, dict]:
+        candidates = list(dict.fromkeys(sum(self.CANDIDATES.values(), ())))
         values, lines, decision, strong = {"strong": {}, "development": {t: {slug(n): p for n, p in of.items()} for t, of in self.chosen.items()}}, [], [], []
         for task in self.TASKS:
             methods, name_chosen = self.methods(task), next(iter(self.chosen[task]))
@@ -2192,8 +2195,7 @@ class Final:
         values["gain_best"] = float(np.mean([values[t]["best"]["over_better"]["mean"] for t in self.TASKS]))
         return values, {"main": table(["task", "method", "runs", "PSNR, dB", "SSIM", "seconds", "− DIP alone, dB", "− diffusion alone, dB", "beats both parents"], lines),
                         "strong": table(["task", "method", "PSNR, dB", "− with the shorter training, dB", "− DIP alone, dB", "− diffusion alone (same model), dB"], strong),
-                        "development": table(["task", *dict.fromkeys(sum(self.CANDIDATES.values(), ()))], [[task, *(f"{of[n]:.2f}" if n in of else "" for n in dict.fromkeys(sum(self.CANDIDATES.values(), ())))]
-                                                                                          for task, of in self.chosen.items()]),
+                        "development": table(["task", *candidates], [[task, *(f"{of[n]:.2f}" if n in of else "" for n in candidates)] for task, of in self.chosen.items()]),
                         "decision": table(["task", "method named for the task", "PSNR, dB", "− DIP alone, dB", "− diffusion alone, dB", "beats both parents", "seconds"], decision)}
 
     def figures(self, values: dict) -> dict:
@@ -2351,11 +2353,12 @@ def make_all(scale: str, jobs: int) -> None:
     stale, first = {}, {}                                                          # first: run → the experiment that pays for it
     for name, make in EXPERIMENTS.items():
         experiment, path = make(SCALES[scale]), out / f"{name}.json"
-        first = dict.fromkeys(everything_run(experiment.runs), name) | first
+        runs = everything_run(experiment.runs)
+        first = dict.fromkeys(runs, name) | first
         try:
             stored = json.loads(path.read_text())
             fresh = stored["key"] == experiment_key(experiment) and all((out / f).exists() for f in stored["figures"])
-            fresh = fresh and all(run.path.exists() for run in everything_run(experiment.runs))         # a fresh clone has results, but has not computed them
+            fresh = fresh and all(run.path.exists() for run in runs)         # a fresh clone has results, but has not computed them
         except (OSError, ValueError, KeyError):
             fresh = False
         if not fresh:

@@ -398,7 +398,7 @@ def test_refusals_are_one_sentence(tmp_path):
     cases = [(dict(image=str(tmp_path / "none.png"), task="denoise"), "no file"), (dict(image=str(tmp_path / "broken.png"), task="denoise"), "cannot be read"),
              (dict(image=str(tmp_path / "empty.jpg"), task="denoise"), "cannot be read"), (dict(image=str(tmp_path / "cut.png"), task="denoise"), "cannot be read"),
              (dict(image=str(tmp_path / "nan.tiff"), task="denoise"), "not numbers"), (dict(image=small, task="denoise"), "sides of at least"),
-             (dict(image=good, task="sharpen"), "unknown task"), (dict(image=good, task="denoise", method="magic"), "unknown method"),
+             (dict(image=good, task="sharpen"), "unknown task"), (dict(image="", task="denoise"), "needs IMAGE"), (dict(image=good, task=""), "needs IMAGE"), (dict(image=good, task="denoise", method="magic"), "unknown method"),
              (dict(image=good, task="superres", method="staged"), "denoises only"), (dict(image=good, task="superres", method="blend"), "denoises only"),
              (dict(image=good, task="denoise", method="handover"), "opens the chain"), (dict(image=good, task="superres", samples="2"), "alternatives"),
              (dict(image=good, task="superres", method="handover", samples="0"), "SAMPLES=0"), (dict(image=good, task="denoise", method="ddpm", images=str(tmp_path / "none")), "not a folder"),
