@@ -26,7 +26,6 @@ import skimage
 import torch
 import torch.nn as nn
 from PIL import Image, ImageOps
-from skimage.metrics import structural_similarity
 from skimage.restoration import denoise_nl_means, denoise_tv_chambolle, inpaint_biharmonic
 from torch import Tensor
 from tqdm import tqdm
@@ -896,7 +895,8 @@ class Entry(NamedTuple):
     steps: int = 8
     eta: float = 0.0
     refits: int = 20                                                                        # DIP updates at every step; 0: none
-    weight: float = 0.3                                                              # of the model's guess in those updates
+    weight: float = 0.1                                                              # of the model's guess in those updates
+    fresh: bool = False                                                     # let an untrained DIP do them, not the brief one
     lean: bool = False                                                                 # fuse with f by inverse variance
     samples: int = 1
     consistent: bool = True
@@ -912,6 +912,7 @@ class Enter(Run):
     size: int = 96
     widths: tuple = (32, 32, 32, 32)
     seed: int = 0
+    start: int = 0                                                                  # another start of DIP and of the chain
     label = property(lambda self: f"enter {self.names[0]}")
     needs = property(lambda self: (self.model, ModelError(self.model)))
     cost = property(lambda self: len(self.names) * (0.25 if self.size == 32 else 1) * sum(
@@ -928,11 +929,11 @@ class Enter(Run):
         clean, y, operator, unseen = self.measured(name)
         (denoise, schedule), v = self.model.denoiser(), ModelError(self.model).result()["v"]
         stops = sorted({self.after(e) for e in self.entries})
-        brief = self.brief(y, operator, unseen, clean.shape, stops, self.generator(f"{name}/{self.task}/start 0"))
+        brief = self.brief(y, operator, unseen, clean.shape, stops, self.generator(f"{name}/{self.task}/start {self.start}"))
         other, rows, pictures = {}, [], {"measured": operator.pinv(y), "clean": clean}
         for k, entry in enumerate(self.entries):
             f, state, held_out, spent = brief[self.after(entry)]
-            began = time.perf_counter()
+            began, brought = time.perf_counter(), entry.source == "dip" or (entry.refits > 0 and not entry.fresh)     # does the brief DIP take part?
             if entry.source == "other":
                 twin = self.names[0] if name.startswith("cat-") else next(v for v in views(TEST) if v.split("-")[0] != name.split("-")[0])
                 if not other:
@@ -940,16 +941,16 @@ class Enter(Run):
                     other |= self.brief(theirs, operator, 0 * unseen, clean.shape, [BRIEF[self.task]], self.generator(f"{twin}/start"))
                 f = other[BRIEF[self.task]][0]
             elif entry.source != "dip":
-                f, spent = clean * 0 if entry.source == "noise" else classical_fill(entry.source, y, operator, self.task), 0.0
+                f = clean * 0 if entry.source == "noise" else classical_fill(entry.source, y, operator, self.task)
             t = schedule.T if entry.source == "noise" else entry.t or hybrid.enter_step(schedule, held_out, KAPPA)
-            chain = self.generator(f"{name}/chain {k if entry.samples > 1 else 0}")
+            chain = self.generator(f"{name}/chain {k if entry.samples > 1 else 0} of {self.start}")
             consistent = hybrid.agree(y, operator, 0.0, v) if entry.consistent else hybrid.in_turn()
             hooks = [consistent]
             if entry.lean:
                 hooks = [hybrid.lean_on(f, held_out, v), consistent]
             if entry.refits:
-                network, z = fresh_dip(self.generator(f"{name}/{self.task}/start 0"), clean.shape[-2:], widths=self.widths)
-                if entry.source == "dip":
+                network, z = fresh_dip(self.generator(f"{name}/{self.task}/start {self.start}"), clean.shape[-2:], widths=self.widths)
+                if brought:
                     network.load_state_dict(state)
                 again = hybrid.refit(y, operator.A, network, z, entry.refits, chain, range(1, t + 1), weight=entry.weight, amp=AMP)
                 hooks = [*hooks, again, consistent]
@@ -960,8 +961,8 @@ class Enter(Run):
             rows.append({"psnr": float(np.mean([score(x[None].cpu(), clean.cpu())["psnr"] for x in images])), "t": t, "held_out": held_out,
                          "ssim": float(np.mean([score(x[None].cpu(), clean.cpu())["ssim"] for x in images])), "mean_psnr": score(mean.cpu(), clean.cpu())["psnr"],
                          "f_psnr": score(projection(f, y, operator).cpu(), clean.cpu())["psnr"], "evaluations": entry.steps * entry.samples,
-                         "updates": (self.after(entry) if entry.source == "dip" else 0) + entry.refits * (entry.steps + 1),
-                         "chain_seconds": seconds, "total_seconds": seconds + spent, "to_f": (images - f).square().mean().sqrt().item(),
+                         "updates": self.after(entry) * brought + entry.refits * (entry.steps + 1),
+                         "chain_seconds": seconds, "total_seconds": seconds + spent * brought, "to_f": (images - f).square().mean().sqrt().item(),
                          "diversity": (images - mean).square().mean().item() ** 0.5 * math.sqrt(2 * entry.samples / max(1, entry.samples - 1))})
             pictures[f"entry {k}"] = mean
             if entry.samples > 1:
@@ -1003,14 +1004,14 @@ class Film(Run):
     def execute(self, progress) -> dict:
         run, name, entry = self.enter, self.enter.names[0], self.enter.entries[0]
         clean, y, operator, unseen = run.measured(name)
-        (denoise, schedule), start, after = run.model.denoiser(), f"{name}/{run.task}/start 0", run.after(entry)
+        (denoise, schedule), start, after = run.model.denoiser(), f"{name}/{run.task}/start {run.start}", run.after(entry)
         f, state, held_out, _ = run.brief(y, operator, unseen, clean.shape, [after], run.generator(start))[after]
         t, consistent = hybrid.enter_step(schedule, held_out, KAPPA), hybrid.agree(y, operator, 0.0, torch.zeros(schedule.T + 1))
         network, z = fresh_dip(run.generator(start), clean.shape[-2:], widths=run.widths)
         network.load_state_dict(state)
         strips = {}
         for label, x, at, refits in (("diffusion alone", clean * 0, schedule.T, 0), ("plain restart", f, t, 0), ("hybrid II", f, t, entry.refits)):
-            chain = run.generator(f"{name}/chain 0")
+            chain = run.generator(f"{name}/chain 0 of {run.start}")
             again = hybrid.refit(y, operator.A, network, z, refits, chain, range(1, at + 1) if refits else (), weight=entry.weight, amp=AMP)
             steps = hybrid.hand_over(x, denoise, schedule, at, entry.steps, chain, refine=hybrid.in_turn(consistent, again, consistent))
             frames = [(s.t, to_bytes(ddpm.to_image(s.x0_hat)), score(ddpm.to_image(s.x0_hat).cpu(), clean.cpu())["psnr"]) for s in steps]
@@ -1050,7 +1051,7 @@ def smoother(name: str, schedule: ddpm.Schedule):
 
 @dataclass(frozen=True)
 class Guided(Run):
-    """Hybrid III on one picture: the curve of the running average of one fit, or of the mean of several."""
+    """Hybrid III on one picture: the curve of its running average."""
     photo: str
     task: str
     steps: int
@@ -1059,50 +1060,52 @@ class Guided(Run):
     high: float = 1.0                                   # first and last step of the chain, in units of the step that fits the noise
     low: float = 1 / 3                                  # (noise-free: of NOISE_FREE's first step)
     order: str = "down"                                                                             # or "random": between the two
-    refresh: int = 5
+    refresh: int = 40
+    evaluations: int = 8                                                                                    # of the model at each refresh
+    begin: int = -1                                                        # updates without the model; negative: as fixed for the kind of task
     at: float = 1.0                                                                          # how far the model was trained
     prior: str = "model"                                                                               # or "tv", "nlm"
     free: bool = False                                                                     # pixels in place of the network
     belief: float = 1.0
-    copies: int = 1
     size: int = 96
     seed: int = 0
+    start: int = 0                                                                  # another start on the same measurement
     label = property(lambda self: f"guided {self.photo}")
     needs = property(lambda self: (self.model,))
-    cost = property(lambda self: self.copies * self.steps * (0.027 + 0.04 / self.refresh) * (self.size / 96) ** 2)
+    cost = property(lambda self: self.steps * (0.027 + 0.04 * self.evaluations / self.refresh) * (self.size / 96) ** 2)
+
+    def options(self, schedule: ddpm.Schedule, sigma: float, noise: torch.Generator) -> dict:
+        """When a guided fit asks the model, from which step of the chain, and how much it listens."""
+        levels, unit = ddpm.noise_level(schedule), ddpm.step_of(schedule, sigma) if sigma else NOISE_FREE["t"]
+        high, low = (max(1, round(unit * x)) for x in (self.high, self.low))
+        strength = self.strength if self.strength >= 0 else STRENGTH if sigma else NOISE_FREE["strength"]
+
+        def at(u):
+            return round(high + (low - high) * (u if self.order == "down" else float(torch.rand(1, generator=noise))))
+        return {"ts": at, "weight": lambda t: strength * ((sigma / levels[t].item()) ** 2 if sigma else 1.0), "noise": noise, "refresh": self.refresh,
+                "evaluations": self.evaluations, "begin": self.begin if self.begin >= 0 else 0 if sigma else min(NOISE_FREE["begin"], self.steps // 3)}
 
     def execute(self, progress) -> dict:
         clean, sigma = subject(self.photo, self.size).to(DEVICE), self.belief * TASKS[self.task] / 255
-        generator = self.generator(f"{self.photo}/{self.task}")
-        y, operator = measure(self.task, clean, generator)
-        (denoise, schedule), levels = self.model.denoiser(self.at), ddpm.noise_level(self.model.parts()[0])
+        y, operator = measure(self.task, clean, self.generator(f"{self.photo}/{self.task}"))
+        denoise, schedule = self.model.denoiser(self.at)
         denoise = denoise if self.prior == "model" else smoother(self.prior, schedule)
-        unit = ddpm.step_of(schedule, sigma) if sigma else NOISE_FREE["t"]
-        high, low = (max(1, round(unit * x)) for x in (self.high, self.low))
-        strength = self.strength if self.strength >= 0 else STRENGTH if sigma else NOISE_FREE["strength"]
-        fits, evaluations = [], [0]
+        start, noise, asked = self.generator(f"{self.photo}/{self.task}/start {self.start}"), self.generator(f"{self.photo}/guide {self.start}"), []
+        network, z = (Pixels(operator.pinv(y)), torch.zeros(1, 1, 1, 1, device=DEVICE)) if self.free else fresh_dip(start, clean.shape[-2:])
 
         def counted(xt, t):
-            evaluations[0] += 1
+            asked.append(t)
             return denoise(xt, t)
-        for copy in range(self.copies):
-            start, noise = self.generator(f"{self.photo}/{self.task}/start {copy}"), self.generator(f"{self.photo}/guide {copy}")
-            network, z = (Pixels(operator.pinv(y)), torch.zeros(1, 1, 1, 1, device=DEVICE)) if self.free else fresh_dip(start, clean.shape[-2:])
 
-            def at(u, noise=noise):
-                return round(high + (low - high) * (u if self.order == "down" else float(torch.rand(1, generator=noise))))
-            fits.append(hybrid.guided_fit(y, operator.A, network, z, self.steps, start, counted, schedule, ts=at, noise=noise, refresh=self.refresh,
-                                          weight=lambda t: strength * ((sigma / levels[t].item()) ** 2 if sigma else 1.0), amp=None if self.free else AMP))
-        curve, best, seconds, began = [], None, 0.0, time.perf_counter()
-        for together in zip(*fits):
+        curve, seconds, began = [], 0.0, time.perf_counter()
+        for step in hybrid.guided_fit(y, operator.A, network, z, self.steps, start, counted, schedule, amp=None if self.free else AMP,
+                                      **self.options(schedule, sigma, noise)):
             seconds += time.perf_counter() - began
-            image = sum(step.average for step in together) / self.copies
-            if not sigma:
-                image = projection(image, y, operator)
+            image = step.average if sigma else projection(step.average, y, operator)
             curve.append(metrics.psnr(image.clamp(0, 1), clean).item())
-            progress(together[0].i / self.steps, self.task)
+            progress(step.i / self.steps, self.task)
             began = time.perf_counter()
-        return {"curve": torch.tensor(curve), "seconds": seconds, "evaluations": evaluations[0],
+        return {"curve": torch.tensor(curve), "seconds": seconds, "evaluations": len(asked),
                 "pictures": {"measured": to_bytes(operator.pinv(y)), "last": to_bytes(image), "clean": to_bytes(clean)}} | score(image.cpu(), clean.cpu())
 
 
@@ -1228,7 +1231,7 @@ PLACES = (-0.1, 1.1)                            # training steps of the cats: th
 BRIEF = {"block": 100, "bigblock": 100, "superres4": 100, "random80": 200}                         # DIP updates before a handover
 KAPPA = 4.0                                             # the entrance: σ_t over DIP's error on measurements that it has not seen
 STRENGTH = 0.4                                                          # λ of guided fits to noisy photos
-NOISE_FREE = {"t": 300, "strength": 0.1}                                # … to noise-free measurements: first step, λ
+NOISE_FREE = {"t": 300, "strength": 0.1, "begin": 100}              # … to noise-free measurements: first step, λ, updates before
 WMV, EMV = (80, 50), (0.05, 50, 50)         # window or weight, patience, first step: rescaled from fits of thousands of steps
 
 
@@ -1246,11 +1249,6 @@ def interval(values) -> dict:
     means = np.random.default_rng(0).choice(values, (2000, len(values))).mean(1)
     low, high = np.quantile(means, [0.025, 0.975])
     return {"mean": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
-
-
-def mean_rows(seeds: list[dict]) -> dict:
-    """Rows {photo: {measure: number}} of several seeds → their means."""
-    return {view: {m: float(np.mean([rows[view][m] for rows in seeds])) for m in seeds[0][view]} for view in seeds[0]}
 
 
 def show(v: dict, digits: int = 2) -> str:
@@ -1310,7 +1308,8 @@ class DDPM:
         budget = {k: self.judge(run.result(), reference) for k, run in self.budget.items()}
         variants = {k: self.judge(run.result(), reference) for k, run in self.variants.items()}
         trained = {k: t.result() for k, t in (("cats", self.cats), ("photos", self.photos))}
-        rows = {k: mean_rows([run.result()["rows"] for run in runs]) for k, runs in self.denoise.items()}
+        seeds = {k: [run.result()["rows"] for run in runs] for k, runs in self.denoise.items()}
+        rows = {k: {view: {m: float(np.mean([of[view][m] for of in found])) for m in found[0][view]} for view in found[0]} for k, found in seeds.items()}
         denoise = {k: {m: interval(r[m] for r in v.values()) for m in ("psnr", "ssim", "noisy_psnr", "seconds")} for k, v in rows.items()}
         few, fifth = self.scale.few, self.scale.samples // 5
 
@@ -1737,20 +1736,20 @@ class Entrance:
     TASKS = ("block", "bigblock", "random80", "superres4")
     WAYS = {"hybrid II": Entry(), "plain restart": Entry(refits=0), "plain restart, guided by f": Entry(refits=0, lean=True),
             "restart from A⁺y": Entry("pinv", refits=0), "restart from interpolation": Entry("fill", refits=0), "restart from TV": Entry("tv", refits=0),
-            "restart from another photo's DIP": Entry("other", refits=0), "interpolation, fresh DIP inside": Entry("fill"),
+            "restart from another photo's DIP": Entry("other", refits=0), "interpolation enters, brief DIP inside": Entry("fill"),
             "diffusion alone, 10 steps": Entry("noise", steps=10, eta=0.85, refits=0), "diffusion alone, 50 steps": Entry("noise", steps=50, eta=0.85, refits=0),
             "DIP's picture at t = T": Entry(t=1000, refits=0)}
     GRID = {f"t = {t}": Entry(t=t) for t in (100, 200, 400, 700)}
     ABLATION = {**{f"{n} DIP updates before": Entry(after=n) for n in (25, 50, 200)}, **{f"{k} steps": Entry(steps=k) for k in (1, 2, 4)},
-                "5 updates a step": Entry(refits=5), "model's weight 0.1": Entry(weight=0.1),
-                "model's weight 1": Entry(weight=1.0), "η = 1": Entry(eta=1.0), "no data consistency": Entry(consistent=False),
-                "A⁺y, fresh DIP inside": Entry("pinv"), "refits and fusion with f": Entry(lean=True),
+                "5 updates a step": Entry(refits=5), **{f"model's weight {w}": Entry(weight=w) for w in (0.03, 0.3, 1.0)},
+                "η = 1": Entry(eta=1.0), "no data consistency": Entry(consistent=False),
+                "A⁺y, fresh DIP inside": Entry("pinv", fresh=True), "refits and fusion with f": Entry(lean=True),
                 **{f"8 samples, t = {t}": Entry(t=t, refits=0, samples=8) for t in (100, 300, 500, 700)},
                 **{f"diffusion alone, {k} steps": Entry("noise", steps=k, eta=0.85, refits=0) for k in (5, 20, 100)},
                 "diffusion alone, 50 steps, η = 0": Entry("noise", steps=50, refits=0)}
     NETWORKS = {"width 16": (16,) * 4, "3 scales": (32,) * 3}
     LONG = {"hybrid II": Entry()} | {f"diffusion alone, {k} steps": Entry("noise", steps=k, eta=0.85, refits=0) for k in (100, 300)}     # timed together
-    CATS = ("bigblock", "superres4")
+    CATS = ("bigblock", "random80", "superres4")
     CAT_WAYS = ("hybrid II", "plain restart", "restart from A⁺y", "restart from interpolation", "diffusion alone, 10 steps", "diffusion alone, 50 steps")
 
     def __init__(self, scale: Scale):
@@ -1797,17 +1796,16 @@ class Entrance:
                                     "f": interval(r["f_psnr"] for r in mine.values()), "t": interval(r["t"] for r in mine.values())}
             lines.append([task, "DIP alone, held-out pixels", 0, f"{found['dip_steps']['mean']:.0f}", show(found["dip"]), show(found["dip_ssim"], 3),
                           f"{found['dip_seconds']['mean']:.1f}", show(found["versus_dip"]), f"{100 * found['wins_dip']:.0f} %"])
-            for way in self.WAYS:
-                of = {v: rows[task, v, way] for v in seen}
-                entry = found[slug(way)] = {m: interval(r[m] for r in of.values()) for m in ("psnr", "ssim", "total_seconds", "updates", "evaluations")} | {
-                    "better": interval(mine[v]["psnr"] - of[v]["psnr"] for v in seen), "wins": float(np.mean([mine[v]["psnr"] > of[v]["psnr"] for v in seen]))}
-                lines.append([task, f"**{way}**" if way == "hybrid II" else way, f"{entry['evaluations']['mean']:.0f}", f"{entry['updates']['mean']:.0f}", show(entry["psnr"]), show(entry["ssim"], 3),
-                              f"{entry['total_seconds']['mean']:.1f}", *(("", "") if way == "hybrid II" else (show(entry["better"]), f"{100 * entry['wins']:.0f} %"))])
-            for label, way in (("brief DIP itself", "hybrid II"), ("interpolation itself (no network)", "restart from interpolation"), ("TV itself (no network)", "restart from TV")):
-                of = {v: rows[task, v, way]["f_psnr"] for v in seen}
-                entry = found[slug(label)] = {"psnr": interval(of.values()), "better": interval(mine[v]["psnr"] - of[v] for v in seen),
-                                              "wins": float(np.mean([mine[v]["psnr"] > of[v] for v in seen])), "median": float(np.median([mine[v]["psnr"] - of[v] for v in seen]))}
-                lines.append([task, label, 0, "" if way != "hybrid II" else BRIEF[task], show(entry["psnr"]), "", "", show(entry["better"]), f"{100 * entry['wins']:.0f} %"])
+            entering = {"brief DIP itself": "hybrid II", "interpolation itself (no network)": "restart from interpolation", "TV itself (no network)": "restart from TV"}
+            ways = {way: {v: rows[task, v, way] for v in seen} for way in self.WAYS if task != "random80" or "another" not in way} | {           # (its mask is another one)
+                label: {v: {"psnr": rows[task, v, way]["f_psnr"], "evaluations": 0, "updates": BRIEF[task] if way == "hybrid II" else 0} for v in seen} for label, way in entering.items()}
+            for way, of in ways.items():
+                entry = found[slug(way)] = {m: interval(r[m] for r in of.values()) for m in next(iter(of.values())) if m in ("psnr", "ssim", "total_seconds", "updates", "evaluations")}
+                differences = [mine[v]["psnr"] - of[v]["psnr"] for v in seen]
+                entry |= {"better": interval(differences), "wins": float(np.mean([d > 0 for d in differences])), "median": float(np.median(differences))}
+                lines.append([task, f"**{way}**" if way == "hybrid II" else way, f"{entry['evaluations']['mean']:.0f}", f"{entry['updates']['mean']:.0f}", show(entry["psnr"]),
+                              *((show(entry["ssim"], 3), f"{entry['total_seconds']['mean']:.1f}") if way in self.WAYS else ("", "")),
+                              *(("", "") if way == "hybrid II" else (show(entry["better"]), f"{100 * entry['wins']:.0f} %"))])
             found["median_dip"] = float(np.median([mine[v]["psnr"] - honest[v] for v in seen]))
             found["median_diffusion"] = float(np.median([mine[v]["psnr"] - max(rows[task, v, w]["psnr"] for w in self.WAYS if w.startswith("diffusion")) for v in seen]))
         grid, regret = {}, []
@@ -1829,15 +1827,14 @@ class Entrance:
                    for (name, task), pairs in ablation.items()}
         reach_lines = []
         for task in ("block", "superres4"):                                                    # evaluations that reach a given mean PSNR, on the four photos
-            hybrid_way = {k: changes[f"{k}_steps_{task}"]["psnr"]["mean"] for k in (1, 2, 4)} | {8: float(np.mean([rows[task, v, "hybrid II"]["psnr"] for v in wholes(self.scale)]))}
-            plain_way = {8: float(np.mean([rows[task, v, "plain restart"]["psnr"] for v in wholes(self.scale)]))}
-            alone = {k: changes[f"diffusion_alone_{k}_steps_{task}"]["psnr"]["mean"] for k in (5, 20, 100)} | {
-                k: float(np.mean([rows[task, v, f"diffusion alone, {k} steps"]["psnr"] for v in wholes(self.scale)])) for k in (10, 50)}
+            mean = {way: float(np.mean([rows[task, v, way]["psnr"] for v in wholes(self.scale)])) for way in self.WAYS}
+            alone = {k: changes[f"diffusion_alone_{k}_steps_{task}"]["psnr"]["mean"] for k in (5, 20, 100)} | {k: mean[f"diffusion alone, {k} steps"] for k in (10, 50)}
+            ways = {"hybrid": {k: changes[f"{k}_steps_{task}"]["psnr"]["mean"] for k in (1, 2, 4)} | {8: mean["hybrid II"]}, "plain": {8: mean["plain restart"]}, "alone": alone}
             honest = float(np.mean([agreeing(self.plain[task, v], "held_out")["psnr"] for v in wholes(self.scale)]))
             for label, goal in (("diffusion alone, 100 evaluations", alone[100]), ("diffusion alone at its best", max(alone.values())), ("DIP alone, honest stop", honest)):
-                needed = [min((k for k, p in way.items() if p >= goal), default=None) for way in (hybrid_way, plain_way, alone)]
-                reaches[f"{task}_{slug(label)}"] = {"goal": goal, **{n: k or 10 ** 6 for n, k in zip(("hybrid", "plain", "alone"), needed)}}
-                reach_lines.append([task, label, f"{goal:.2f}", *("never" if k is None else k for k in needed)])
+                needed = {n: min((k for k, p in way.items() if p >= goal), default=10 ** 6) for n, way in ways.items()}
+                reaches[f"{task}_{slug(label)}"] = {"goal": goal, **needed}
+                reach_lines.append([task, label, f"{goal:.2f}", *("never" if k == 10 ** 6 else k for k in needed.values())])
         long, long_lines = {}, []                                                                # diffusion alone with as many seconds
         for task in self.TASKS:
             found = {v: dict(zip(self.LONG, self.long[task, v].result()["rows"][v])) for v in wholes(self.scale)}
@@ -1912,8 +1909,7 @@ class Entrance:
         for column, task in zip(axes.T, self.TASKS):
             found = values["main"][task]
             for ax, unit in zip(column, ("evaluations", "total_seconds")):
-                for mark, way in zip("*osv^<>PXDd", self.WAYS):
-                    entry = found[slug(way)]
+                for mark, way, entry in ((mark, way, found[slug(way)]) for mark, way in zip("*osv^<>PXDd", self.WAYS) if slug(way) in found):
                     ax.plot(max(entry[unit]["mean"], 0.1), entry["psnr"]["mean"], mark, ms=14 if mark == "*" else 7, label=way)
                 if unit == "total_seconds":
                     runs = [self.plain[task, v] for v in views(self.scale.test)]
@@ -2009,19 +2005,20 @@ class Guide:
         s = self.scale = scale
         photos, cats, four = Train("photos", s.photos), Train("cats", s.cats, places=PLACES), wholes(s)
         self.strong = Train("photos", 4 * s.photos)
-        def steps(task):
-            return round(1.6 * s.fit[task]) if TASKS[task] else s.fit[task]
-        self.main = {(task, view): Guided(view, task, steps(task), photos) for task in self.TASKS for view in views(s.test)}
-        self.off = {view: Guided(view, "denoise25", steps("denoise25"), photos, 0.0, refresh=10 ** 6) for view in views(s.test)}
-        changes = {"as chosen": {}, "score off (λ = 0)": {"strength": 0.0, "refresh": 10 ** 6}, "λ = 0.1": {"strength": 0.1}, "λ = 0.8": {"strength": 0.8},
-                   "λ = 6.4": {"strength": 6.4}, "CNN off (free pixels)": {"free": True}, "TV in the model's place": {"prior": "tv"}, "non-local means in the model's place": {"prior": "nlm"},
-                   "fixed t": {"low": 1.0}, "random t": {"order": "random"}, "refresh 20": {"refresh": 20},
+        steps = {task: round(1.6 * s.fit[task]) if TASKS[task] else s.fit[task] for task in self.TASKS}
+        self.main = {(task, view): Guided(view, task, steps[task], photos) for task in self.TASKS for view in views(s.test)}
+        self.off = {view: Guided(view, "denoise25", steps["denoise25"], photos, begin=10 ** 6) for view in views(s.test)}
+        single = {"refresh": 5, "evaluations": 1}
+        changes = {"as chosen": {}, "score off (λ = 0)": {"begin": 10 ** 6}, "λ = 0.1": {"strength": 0.1}, "λ = 0.8": {"strength": 0.8},
+                   "λ = 6.4": {"strength": 6.4}, "CNN off (free pixels)": {"free": True}, "one evaluation, every 5 updates": single,
+                   "TV in the model's place": {"prior": "tv"} | single, "non-local means in the model's place": {"prior": "nlm"} | single,
+                   "fixed t": {"low": 1.0}, "random t": {"order": "random"}, "one evaluation, every 20 updates": {"refresh": 20, "evaluations": 1}, "eight evaluations, every 80 updates": {"refresh": 80},
                    "model after 1/4": {"at": 1 / 4}, "model trained 4 × as long": {"model": self.strong}, "cats' model (out of domain)": {"model": cats},
-                   "σ believed × 0.7": {"belief": 0.7}, "σ believed × 1.3": {"belief": 1.3}, "two fits averaged": {"copies": 2}}
-        self.ablation = {(name, view): Guided(**{"photo": view, "task": "denoise25", "steps": steps("denoise25"), "model": photos, "size": 64} | change)
+                   "σ believed × 0.7": {"belief": 0.7}, "σ believed × 1.3": {"belief": 1.3}}
+        self.ablation = {(name, view): Guided(**{"photo": view, "task": "denoise25", "steps": steps["denoise25"], "model": photos, "size": 64} | change)
                          for name, change in changes.items() for view in four}
-        self.foreign = {(name, f"cat-{i}"): Guided(f"cat-{i}", "denoise25", steps("denoise25"), model, size=32, **more) for i in range(4)
-                        for name, model, more in (("photos' model", photos, {}), ("cats' model", cats, {}), ("no model", photos, {"strength": 0.0, "refresh": 10 ** 6}))}
+        self.foreign = {(name, f"cat-{i}"): Guided(f"cat-{i}", "denoise25", steps["denoise25"], model, size=32, **more) for i in range(4)
+                        for name, model, more in (("photos' model", photos, {}), ("cats' model", cats, {}), ("no model", photos, {"begin": 10 ** 6}))}
 
     @property
     def runs(self) -> list[Run]:
@@ -2030,9 +2027,8 @@ class Guide:
     @staticmethod
     def digest(run: Guided) -> dict:
         result = run.result()
-        curve = result["curve"]
-        return {"psnr": result["psnr"], "ssim": result["ssim"], "peak": curve.max().item(), "loss": float(curve.max() - curve[-1]), "seconds": result["seconds"],
-                "evaluations": result["evaluations"], "step": int(curve.argmax()) + 1}
+        return {m: result[m] for m in ("psnr", "ssim", "seconds", "evaluations")} | {
+            "peak": result["curve"].max().item(), "loss": float(result["curve"].max() - result["curve"][-1]), "step": int(result["curve"].argmax()) + 1}
 
     def assemble(self) -> tuple[dict, dict]:
         main, off = ({k: self.digest(r) for k, r in runs.items()} for runs in (self.main, self.off))
@@ -2079,51 +2075,69 @@ class Final:
     """Which method would you use?"""
 
     TASKS = ("denoise25", "denoise50", "block", "random80", "superres4")
-    TWICE = ("denoise25",)                                                                 # tasks with a second seed of noise and start
-    STRONG = ("hybrid II", "diffusion alone, 50 steps")
-    CANDIDATES = {True: ("hybrid I", "blend", "hybrid III"), False: ("hybrid II", "hybrid III", "two of hybrid III averaged")}           # with noise, without
+    SHORT = ("hybrid II", "diffusion alone, 50 steps")                                        # the ways of Entrance that are run again here
+    CANDIDATES = {True: ("hybrid I", "blend", "hybrid III"),                                                                          # with noise
+                  False: ("hybrid II", "hybrid III", "two of hybrid II averaged", "two of hybrid III averaged")}                       # without
 
     def __init__(self, scale: Scale):
         s = self.scale = scale
-        photos, seeds, dips, stop, guide = Train("photos", s.photos), range(min(2, s.seeds)), DIP(s), Stop(s), Guide(s)
-        keys = [(task, view, seed) for task in self.TASKS for view in views(s.test) for seed in (seeds if task in self.TWICE else seeds[:1])]
-        self.plain = {(t, v, n): dips.main.get((t, v, n)) or Fit(v, t, s.fit[t], unseen=0.0 if TASKS[t] else 0.05, seed=n) for t, v, n in keys}
-        self.diffuse = {k: Diffuse(stop.main.get(k) or Staged(k[1], k[0], round(1.16 * s.fit[k[0]]), seed=k[2]), photos) for k in keys if TASKS[k[0]]}
-        self.enter = {(t, v, 0): run for (t, v), run in Entrance(s).main.items() if t in self.TASKS}
-        self.guided = {(t, v, 0): guide.main[t, v] for t, v, n in keys if n == 0}
+        photos, dips, stop, guide = Train("photos", s.photos), DIP(s), Stop(s), Guide(s)
+        keys = [(task, view, n) for task in self.TASKS for view in views(s.test) for n in range(1 if task == "denoise50" else min(2, s.seeds))]
+        self.plain = {(t, v, n): self.again(dips.main[t, v, 0], n) for t, v, n in keys}
+        self.diffuse = {(t, v, n): Diffuse(self.again(stop.main[t, v, 0], n), photos) for t, v, n in keys if TASKS[t]}
+        self.enter = {(t, v, n): Enter((v,), t, photos, ways_at(s, {w: Entrance.WAYS[w] for w in self.SHORT}), start=1) if n else run
+                      for (t, v), run in Entrance(s).main.items() if t in self.TASKS for n in range(min(2, s.seeds))}
+        self.guided = {(t, v, n): self.again(guide.main[t, v], n) for t, v, n in keys if n == 0 or not TASKS[t]}
         self.strong = {k: {"hybrid III": replace(run, model=guide.strong)} | (
             {"diffuse": replace(self.diffuse[k], model=guide.strong)} if TASKS[k[0]] else
-            {"enter": Enter((k[1],), k[0], guide.strong, ways_at(s, {w: Entrance.WAYS[w] for w in self.STRONG}))}) for k, run in self.guided.items() if k[1] in wholes(s)}
-        self.twice = {k: replace(run, copies=2) for k, run in self.guided.items() if not TASKS[k[0]]}
+            {"enter": Enter((k[1],), k[0], guide.strong, ways_at(s, {w: Entrance.WAYS[w] for w in self.SHORT}))}) for k, run in self.guided.items() if k[1] in wholes(s) and not k[2]}
         self.development = {(t, v): self.candidates(replace(guide.main[t, views(s.test)[0]], photo=v), s) for t in self.TASKS for v in views(DEVELOPMENT)[:6 if s.seeds > 1 else 1]}
-        self.twin = {("denoise25", view, 0): stop.twin[view] for view in wholes(s)} | {
-            (t, v, 0): Fit(v, t, s.fit[t], unseen=0.0 if TASKS[t] else 0.05, start=1)
-            for t in self.TASKS[1:] for v in (wholes(s) if TASKS[t] else views(s.test))}
+        self.twin = {(t, v, n): replace(self.plain[t, v, n], start=1 - n) for t, v, n in keys if not TASKS[t] or (n == 0 and v in wholes(s))}
+
+    @staticmethod
+    def again(run: Run, n: int) -> Run:
+        """The n-th seed: other noise, and with it another start; without noise another start on the same measurement."""
+        return replace(run, seed=n) if TASKS[run.task] else replace(run, start=n)
 
     @property
     def runs(self) -> list[Run]:
-        return [*self.plain.values(), *self.diffuse.values(), *self.enter.values(), *self.guided.values(), *self.twice.values(), *self.twin.values(),
+        return [*self.plain.values(), *self.diffuse.values(), *self.enter.values(), *self.guided.values(), *self.twin.values(),
                 *(run for found in (self.strong, self.development) for runs in found.values() for run in runs.values())]
 
     def candidates(self, guided: Guided, s: Scale) -> dict:
         """The runs behind the hybrids for one development photo, which decide what is named for its task."""
         if TASKS[guided.task]:
             return {"blend": Diffuse(Staged(guided.photo, guided.task, round(1.16 * s.fit[guided.task]), watch=False), guided.model), "hybrid III": guided}
-        return {"hybrid II": Enter((guided.photo,), guided.task, guided.model, ways_at(s, {"": Entry()})), "hybrid III": guided,
-                "two of hybrid III averaged": replace(guided, copies=2)}
+        enter = Enter((guided.photo,), guided.task, guided.model, ways_at(s, {"": Entry()}))
+        return {(name, n): self.again(run, n) for name, run in (("hybrid II", enter), ("hybrid III", guided)) for n in (0, 1)}
+
+    @staticmethod
+    def outcome(run: Run) -> tuple[dict, Tensor]:
+        """PSNR, SSIM and seconds of a run of one of the hybrids, and its picture."""
+        result = run.result()
+        if isinstance(run, Enter):
+            row, pictures = result["rows"][run.names[0]][0], result["pictures"][run.names[0]]
+            return {"psnr": row["psnr"], "ssim": row["ssim"], "seconds": row["total_seconds"]}, pictures["entry 0"] / 255
+        return {m: result[m] for m in ("psnr", "ssim", "seconds")}, result["pictures"]["last" if isinstance(run, Guided) else "delivered"] / 255
+
+    def averaged(self, runs) -> dict:
+        """The same of the mean of their pictures."""
+        ((view, size),), found = {(r.photo if isinstance(r, Guided) else r.names[0], r.size) for r in runs}, [self.outcome(run) for run in runs]
+        return score(sum(picture for _, picture in found) / len(found), photo_named(view, size)) | {"seconds": sum(row["seconds"] for row, _ in found)}
 
     @functools.cached_property
     def chosen(self) -> dict:
         """Task → {hybrid: mean PSNR on the development photos}, the best one first. The first is the one that is named."""
         found = {}
         for (task, _), runs in self.development.items():
-            psnr = {}
-            for name, run in runs.items():
-                result = run.result()
-                if name == "blend":
-                    psnr |= {"blend": result["rows"]["blend"]["psnr"], "hybrid I": run.staged.result()["psnr"]}
-                else:
-                    psnr[name] = result["rows"][run.names[0]][0]["psnr"] if name == "hybrid II" else result["psnr"]
+            if TASKS[task]:
+                blend = runs["blend"]
+                psnr = {"blend": blend.result()["rows"]["blend"]["psnr"], "hybrid I": blend.staged.result()["psnr"], "hybrid III": runs["hybrid III"].result()["psnr"]}
+            else:
+                psnr = {}
+                for name in ("hybrid II", "hybrid III"):
+                    two = [runs[name, n] for n in (0, 1)]
+                    psnr |= {name: float(np.mean([self.outcome(run)[0]["psnr"] for run in two])), f"two of {name} averaged": self.averaged(two)["psnr"]}
             found.setdefault(task, []).append(psnr)
         means = {task: {n: float(np.mean([p[n] for p in rows])) for n in self.CANDIDATES[bool(TASKS[task])]} for task, rows in found.items()}
         return {task: dict(sorted(of.items(), key=lambda item: -item[1])) for task, of in means.items()}
@@ -2131,24 +2145,21 @@ class Final:
     def methods(self, task: str) -> dict:
         """Method → {(task, photo, seed): {psnr, ssim, seconds}}."""
         keys, rule = [k for k in self.plain if k[0] == task], "discrepancy_tuned" if TASKS[task] else "held_out"
-        def finished(runs):
-            results = {k: run.result() for k, run in runs.items() if k[0] == task}
-            return {k: {m: r[m] for m in ("psnr", "ssim", "seconds")} for k, r in results.items()}
         def alone(name):
             return {k: agreeing(self.plain[k], name) | {"seconds": DIP.outcome(self.plain[k])[name]["seconds"]} for k in keys}
         found = {"DIP alone, best honest stop": alone(rule), "DIP alone, *oracle*": alone("oracle")}
         if TASKS[task]:
             rows = {k: self.diffuse[k].result()["rows"] for k in keys}
             found |= {label: {k: r[n] for k, r in rows.items()} for n, label in (("diffusion", "diffusion alone"), ("one step", "diffusion alone, one step"), ("diffusion pair", "two diffusion estimates averaged"))}
-            found |= {"hybrid I": finished({k: self.diffuse[k].staged for k in keys}), "hybrid II": {k: r["rule lean"] for k, r in rows.items()},
+            found |= {"hybrid I": {k: self.outcome(self.diffuse[k].staged)[0] for k in keys}, "hybrid II": {k: r["rule lean"] for k, r in rows.items()},
                       "blend": {k: r["blend"] for k, r in rows.items()}, "DIP pair and diffusion, half each": {k: r["half"] for k, r in rows.items()}}
         else:
-            rows = {k: dict(zip(Entrance.WAYS, self.enter[k].result()["rows"][k[1]])) for k in keys}
-            found |= {label: {k: {"psnr": r[n]["psnr"], "ssim": r[n]["ssim"], "seconds": r[n]["total_seconds"]} for k, r in rows.items()} for n, label in (
+            rows = {k: dict(zip(self.SHORT if k[2] else Entrance.WAYS, self.enter[k].result()["rows"][k[1]])) for k in keys}
+            found |= {label: {k: {"psnr": r[n]["psnr"], "ssim": r[n]["ssim"], "seconds": r[n]["total_seconds"]} for k, r in rows.items() if n in r} for n, label in (
                 ("diffusion alone, 50 steps", "diffusion alone"), ("restart from interpolation", "restart from interpolation"), ("hybrid II", "hybrid II"))}
-        found["hybrid III"] = finished(self.guided)
-        if not TASKS[task]:
-            found["two of hybrid III averaged"] = finished(self.twice)
+        found["hybrid III"] = {k: self.outcome(run)[0] for k, run in self.guided.items() if k[0] == task}
+        for name, runs in (("hybrid II", self.enter), ("hybrid III", self.guided)) if not TASKS[task] else ():
+            found[f"two of {name} averaged"] = {k: self.averaged([run for other, run in runs.items() if other[:2] == k[:2]]) for k in keys}
         pairs = {k: [run.result() for run in (self.plain[k], twin)] for k, twin in self.twin.items() if k[0] == task}
         found["two DIPs averaged"] = {k: score(keeping(self.plain[k], sum(r["pictures"][rule] / 255 for r in two) / 2), photo_named(k[1], 96)) | {"seconds": sum(r["seconds"] for r in two)} for k, two in pairs.items()}
         return found
@@ -2157,8 +2168,8 @@ class Final:
         """The same with a model that was trained four times as long: PSNR, gain over the shorter training, and over both parents."""
         found = {}
         for k, runs in ((k, r) for k, r in self.strong.items() if k[0] == task):
-            rows = runs["diffuse"].result()["rows"] if "diffuse" in runs else dict(zip(self.STRONG, runs["enter"].result()["rows"][k[1]]))
-            names = {"diffusion alone": "diffusion", "blend": "blend"} if "diffuse" in runs else {"diffusion alone": self.STRONG[1], "hybrid II": "hybrid II"}
+            rows = runs["diffuse"].result()["rows"] if "diffuse" in runs else dict(zip(self.SHORT, runs["enter"].result()["rows"][k[1]]))
+            names = {"diffusion alone": "diffusion", "blend": "blend"} if "diffuse" in runs else {"diffusion alone": self.SHORT[1], "hybrid II": "hybrid II"}
             for label, psnr in {**{label: rows[name]["psnr"] for label, name in names.items()}, "hybrid III": runs["hybrid III"].result()["psnr"]}.items():
                 found.setdefault(label, {})[k] = psnr
         alone, dip_alone = found["diffusion alone"], methods["DIP alone, best honest stop"]
@@ -2180,13 +2191,13 @@ class Final:
             for name, rows in methods.items():
                 entry = of[slug(name)] = {m: by_photo({k: r[m] for k, r in rows.items()}) for m in ("psnr", "ssim", "seconds")} | {
                     "over_dip": by_photo({k: r["psnr"] - dip_alone[k]["psnr"] for k, r in rows.items()}), "over_diffusion": by_photo({k: r["psnr"] - alone[k]["psnr"] for k, r in rows.items()}),
-                    "wins": float(np.mean([r["psnr"] > max(dip_alone[k]["psnr"], alone[k]["psnr"]) for k, r in rows.items()])), "runs": len(rows)}
+                    "wins": float(np.mean([r["psnr"] > max(dip_alone[k]["psnr"], alone[k]["psnr"]) for k, r in rows.items()])), "runs": len({k[:2] if name.startswith(("two of", "two DIPs")) and not TASKS[task] else k for k in rows})}
                 lines.append([task, f"**{name}**" if name == name_chosen else name, entry["runs"], show(entry["psnr"]), show(entry["ssim"], 3), f"{entry['seconds']['mean']:.1f}",
                               show(entry["over_dip"]), show(entry["over_diffusion"]), f"{100 * entry['wins']:.0f} %"])
             chosen = of[slug(name_chosen)]
             better = "over_dip" if of["DIP_alone_best_honest_stop"]["psnr"]["mean"] > of["diffusion_alone"]["psnr"]["mean"] else "over_diffusion"
             of["headline"] = chosen | {"over_better": chosen[better], "name": name_chosen}
-            best = max((h for h in ("hybrid_I", "hybrid_II", "hybrid_III", "blend", "two_of_hybrid_III_averaged") if h in of), key=lambda h: of[h]["over_dip"]["mean"])
+            best = max((h for h in map(slug, candidates) if h in of), key=lambda h: of[h]["over_dip"]["mean"])
             of["best"] = {"name": best.replace("_", " "), "over_better": of[best][better]} | of[best]
             decision.append([task, name_chosen, show(chosen["psnr"]), show(chosen["over_dip"]), show(chosen["over_diffusion"]), f"{100 * chosen['wins']:.0f} %", f"{chosen['seconds']['mean']:.1f}"])
         values["gain"] = float(np.mean([values[t]["headline"]["over_better"]["mean"] for t in self.TASKS]))
@@ -2209,10 +2220,11 @@ class Final:
             plain = self.plain[key].result()["pictures"]
             stored = self.diffuse[key].result()["pictures"] if noisy else self.enter[key].result()["pictures"][view]
             alone = stored["diffusion"] if noisy else stored[f"entry {list(Entrance.WAYS).index('diffusion alone, 50 steps')}"]
-            best = {"hybrid III": lambda: self.guided[key].result()["pictures"]["last"], "two of hybrid III averaged": lambda: self.twice[key].result()["pictures"]["last"],
-                    "hybrid I": lambda: self.diffuse[key].staged.result()["pictures"]["delivered"], "hybrid II": lambda: stored["entry 0"], "blend": lambda: stored["blend"]}
+            runs = {"hybrid I": {k: run.staged for k, run in self.diffuse.items()}, "hybrid II": self.enter, "hybrid III": self.guided}
             name, parent = next(iter(self.chosen[task])), to_bytes(keeping(self.plain[key], plain["discrepancy_tuned" if noisy else "held_out"] / 255))
-            named = {"DIP alone": parent, "diffusion alone": alone, name: best[name]()}
+            fits = [run for k, run in runs.get(re.sub("two of | averaged", "", name), {}).items() if k == key or (name.startswith("two") and k[:2] == key[:2])]
+            best = to_bytes(sum(self.outcome(run)[1] for run in fits) / len(fits)) if fits else stored[name]
+            named = {"DIP alone": parent, "diffusion alone": alone, name: best}
             columns.append([(plain["measured"], task), *(scored(label, picture, plain["clean"]) for label, picture in named.items()), (plain["clean"], view)])
         return panels(columns, transpose=True)
 
@@ -2416,9 +2428,7 @@ def bench() -> None:
             "U-Net training step, 8 patches 64×64": training("photos", 64, 8),
             "DIP step 96×96, as chosen": hourglass(96, widths=(32,) * 4, upsample="nearest", padding="zeros"),
             "DIP step 128×128, as chosen": hourglass(128, widths=(32,) * 4, upsample="nearest", padding="zeros"),
-            "DIP step 128×128, original network": hourglass(128), "SSIM 512×512 colour": lambda: metrics.ssim(x, y),
-            "the same by scikit-image": lambda: structural_similarity(*(v[0].permute(1, 2, 0).numpy() for v in (x, y)), channel_axis=2, data_range=1,
-                                                                     gaussian_weights=True, use_sample_covariance=False)}
+            "DIP step 128×128, original network": hourglass(128), "SSIM 512×512 colour": lambda: metrics.ssim(x, y)}
     for name, job in jobs.items():
         job()
         with FlopCounterMode(display=False) as counter:
@@ -2513,15 +2523,14 @@ def restore(image: str, task: str, method: str = "dip", sigma: str = "", mask: s
         raise Refusal(f"unknown task {task!r}: choose denoise, inpaint or superres")
     if method not in ("dip", "ddpm", "staged", "blend", "handover", "guided"):
         raise Refusal(f"unknown method {method!r}: choose dip, ddpm, staged, blend, handover or guided")
-    if method == "blend" and task != "denoise":
-        raise Refusal("METHOD=blend weighs two denoised photos by their estimated errors, so it denoises only: choose TASK=denoise, or METHOD=handover or guided")
+    for name, why in (("blend", "weighs two denoised photos by their estimated errors"), ("staged", "judges itself by the noise it adds to a noisy photo")):
+        if method == name and task != "denoise":
+            raise Refusal(f"METHOD={name} {why}, so it denoises only: choose TASK=denoise, or METHOD=dip, ddpm, handover or guided")
     if method == "handover" and task == "denoise":
         raise Refusal("METHOD=handover gains nothing on noise, where the photo itself opens the chain: choose METHOD=blend, or TASK=inpaint or superres")
     count = int(number(samples or "1", "SAMPLES", 1, 64))
     if count > 1 and method != "handover":
         raise Refusal("SAMPLES=… draws alternatives of METHOD=handover; leave it out or choose that method")
-    if method == "staged" and task != "denoise":
-        raise Refusal("METHOD=staged judges itself by the noise it adds to a noisy photo, so it denoises only: choose TASK=denoise, or METHOD=dip or ddpm")
     y = read_image(image).to(DEVICE)
     target = Path(out) if out else Path(image).with_name(f"{Path(image).stem}-restored.png")
     if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or not target.parent.is_dir():
@@ -2550,7 +2559,10 @@ def restore(image: str, task: str, method: str = "dip", sigma: str = "", mask: s
         operator = dip.mask(known)
         y = operator.A(y)
     model = folder_model(images, train_steps) if images else DDPM(SCALES["full"]).photos
-    began = time.perf_counter()
+    began, colours = time.perf_counter(), y.expand(-1, 3, -1, -1)                                    # a grey photo has three equal ones
+
+    def faded(x):
+        return x.mean(1, keepdim=True) if y.shape[1] == 1 else x
     if method == "dip":
         estimate = restore_dip(y, operator, task, shape, steps)
     elif method == "staged":
@@ -2558,7 +2570,7 @@ def restore(image: str, task: str, method: str = "dip", sigma: str = "", mask: s
     elif method == "blend":
         estimate = restore_blend(y, level, steps, model)
     elif method == "handover":
-        alternatives = restore_handover(y, operator, shape, steps, model, count)
+        alternatives = faded(restore_handover(colours, operator, shape, steps, model, count))
         estimate = alternatives.mean(0, keepdim=True)
         for i, image in enumerate(alternatives if count > 1 else []):
             save_picture(image[None], target.with_name(f"{target.stem}-{i + 1}{target.suffix}"))
@@ -2566,9 +2578,9 @@ def restore(image: str, task: str, method: str = "dip", sigma: str = "", mask: s
             save_picture(4 * alternatives.std(0, keepdim=True).mean(1, keepdim=True), target.with_name(f"{target.stem}-disagreement.png"))
             print(f"{count} alternatives, their mean and their disagreement (deviation × 4) written")
     elif method == "guided":
-        estimate = restore_guided(y, operator, level, shape, steps, model)
+        estimate = faded(restore_guided(colours, operator, level, shape, steps, model))
     else:
-        estimate = restore_ddpm(y, operator, task, level, shape, steps, model)
+        estimate = faded(restore_ddpm(colours, operator, task, level, shape, steps, model))
     if task == "inpaint":
         estimate = y + estimate * (1 - known)                                                    # what is known stays
     before = operator.pinv(y)
@@ -2662,8 +2674,7 @@ def restore_blend(y, level, steps, model) -> Tensor:
 
 def restore_handover(y, operator, shape, steps, model, samples) -> Tensor:
     """Hybrid II: a brief DIP opens the reverse process, and goes on inside it; `samples` alternatives (n, C, H, W)."""
-    denoise, schedule = ready(model)
-    grey, y, steps, generator = y.shape[1] == 1, y.expand(-1, 3, -1, -1), steps or 100, torch.Generator().manual_seed(0)
+    (denoise, schedule), steps, generator = ready(model), steps or 100, torch.Generator().manual_seed(0)
     net, z = cropped_dip(generator, shape, 3)
     unseen = kept_back(y, operator, generator)
     for step in tqdm(dip.fit(y * (1 - unseen), lambda x: operator.A(x) * (1 - unseen), net, z, steps, generator, amp=AMP), total=steps, desc="DIP, brief"):
@@ -2680,39 +2691,31 @@ def restore_handover(y, operator, shape, steps, model, samples) -> Tensor:
         for state_now in tqdm(chain, total=entry.steps + 1, desc="reverse process", disable=samples > 1):
             pass
         found.append(ddpm.to_image(state_now.x))
-    images = torch.cat(found)
-    return images.mean(1, keepdim=True) if grey else images
+    return torch.cat(found)
 
 
 def restore_guided(y, operator, level, shape, steps, model) -> Tensor:
     """Hybrid III: DIP with the diffusion model in its loss; the last running average is delivered, nothing has to stop."""
-    denoise, schedule = ready(model)
-    grey, y, steps, generator = y.shape[1] == 1, y.expand(-1, 3, -1, -1), steps or (800 if level else 450), torch.Generator().manual_seed(0)
+    (denoise, schedule), steps, generator = ready(model), steps or (800 if level else 450), torch.Generator().manual_seed(0)
     net, z = cropped_dip(generator, shape, 3)
-    high, levels = ddpm.step_of(schedule, level) if level else NOISE_FREE["t"], ddpm.noise_level(schedule)
-    fit = hybrid.guided_fit(y, operator.A, net, z, steps, generator, denoise, schedule, noise=torch.Generator().manual_seed(1), amp=AMP,
-                            ts=lambda u: round(high * (1 - 2 / 3 * u)), weight=lambda t: STRENGTH * (level / levels[t].item()) ** 2 if level else NOISE_FREE["strength"])
+    fit = hybrid.guided_fit(y, operator.A, net, z, steps, generator, denoise, schedule, amp=AMP,
+                            **Guided("", "", steps, model).options(schedule, level, torch.Generator().manual_seed(1)))
     for step in tqdm(fit, total=steps, desc="guided DIP"):
         pass
-    image = step.average if level else projection(step.average, y, operator)
-    return image.mean(1, keepdim=True) if grey else image
+    return step.average if level else projection(step.average, y, operator)
 
 
 def restore_ddpm(y, operator, task, level, shape, steps, model) -> Tensor:
     """Diffusion: one step at the matching noise, or a DDIM chain whose every guess is made to agree with y (range–null space)."""
     denoise, schedule = ready(model)
-    grey = y.shape[1] == 1
-    y = y.expand(-1, 3, -1, -1)
     if task == "denoise":
-        estimate = ddpm.denoise_photo(denoise, schedule, y, level)
-    else:
-        refine = hybrid.agree(y, operator, 0.0, torch.zeros(schedule.T + 1))
-        generator, count = torch.Generator().manual_seed(0), steps or 50
-        x = torch.randn(1, 3, *shape, generator=generator).to(DEVICE)
-        for state in tqdm(ddpm.ddim(denoise, schedule, x, count, generator, eta=0.85, refine=refine), total=count, desc=f"DDPM, {task}"):
-            pass
-        estimate = ddpm.to_image(state.x)
-    return estimate.mean(1, keepdim=True) if grey else estimate
+        return ddpm.denoise_photo(denoise, schedule, y, level)
+    refine = hybrid.agree(y, operator, 0.0, torch.zeros(schedule.T + 1))
+    generator, count = torch.Generator().manual_seed(0), steps or 50
+    x = torch.randn(1, 3, *shape, generator=generator).to(DEVICE)
+    for state in tqdm(ddpm.ddim(denoise, schedule, x, count, generator, eta=0.85, refine=refine), total=count, desc=f"DDPM, {task}"):
+        pass
+    return ddpm.to_image(state.x)
 
 
 # ----------------------------------------------------------------------------------------------- command line

@@ -243,13 +243,14 @@ def hand_over(f: Tensor, denoise: Callable, s: ddpm.Schedule, t: int, steps: int
 # -------------------------------------------------------------------- a diffusion model that keeps DIP from forgetting
 
 def guided_fit(y: Tensor, A: Callable, net: nn.Module, z: Tensor, steps: int, generator: torch.Generator, denoise: Callable, s: ddpm.Schedule, *,
-               weight: Callable[[int], float], ts: Callable[[float], int], noise: torch.Generator, refresh: int = 5, follow: float = 0.9,
-               **options) -> Iterator[dip.Step]:
+               weight: Callable[[int], float], ts: Callable[[float], int], noise: torch.Generator, refresh: int = 5, evaluations: int = 1,
+               begin: int = 0, follow: float = 0.9, **options) -> Iterator[dip.Step]:
     """min_θ mean (A f_θ(z) − y)² + weight(t) mean (f_θ(z) − sg[x̂₀])²: DIP whose images are also pulled to where the model sees them.
 
     At update i the chain is at the step t = ts(i / steps). Every `refresh` updates a running average of the images (decay `follow`)
-    is diffused to t with noise from `noise` and denoised by one evaluation: x̂₀; no gradient goes through the model, so a fit costs
-    at most ⌈steps / refresh⌉ evaluations. This is RED-diff (Mardani et al. 2024) with a network's images in place of free pixels, as in
+    is handed over: diffused to t with noise from `noise` and taken back by `evaluations` steps of DDIM, to x̂₀. The first `begin`
+    updates are plain DIP. No gradient goes through the model, so a fit costs at most ⌈(steps − begin) / refresh⌉ times
+    `evaluations`. With one evaluation this is RED-diff (Mardani et al. 2024) with a network's images in place of free pixels, as in
     DeepRED (Mataev, Elad & Milanfar 2019) with a diffusion model as the denoiser. `options` go to dip.fit, whose Steps it yields;
     with weight 0 it is dip.fit.
     """
@@ -258,9 +259,12 @@ def guided_fit(y: Tensor, A: Callable, net: nn.Module, z: Tensor, steps: int, ge
     def penalty(image: Tensor, i: int) -> Tensor:
         nonlocal mean, target, w
         mean = image.detach() if mean is None else torch.lerp(mean, image.detach(), (1 - follow) / (1 - follow ** i))
-        if target is None or (i - 1) % refresh == 0:
+        if i <= begin:
+            return image.new_zeros(())
+        if target is None or (i - 1 - begin) % refresh == 0:
             t = ts(i / steps)
-            xt = ddpm.q_sample(s, ddpm.to_diffusion(mean), t, torch.randn(mean.shape, generator=noise).to(mean.device))
-            target, w = ddpm.to_image(denoise(xt, t)).detach(), weight(t)
+            with torch.no_grad():
+                *_, last = hand_over(mean, denoise, s, t, evaluations, noise)
+            target, w = ddpm.to_image(last.x), weight(t)
         return w * (image - target).square().mean()
     yield from dip.fit(y, A, net, z, steps, generator, penalty=penalty, **options)

@@ -543,19 +543,41 @@ def test_the_method_that_is_named_is_the_best_on_development_photos():
     final = object.__new__(E.Final)
     noisy, final.development = Fake(rows={"blend": {"psnr": 30.0}}), {}
     noisy.staged = Fake(psnr=29.0)
-    entered = Fake(rows={"x": [{"psnr": 25.0}]})
-    entered.names = ("x",)
+    final.outcome = lambda run: (run.result(), None)
+    final.averaged = lambda runs: {"psnr": 0.5 + float(np.mean([run.result()["psnr"] for run in runs]))}
     for view, bonus in (("a", 3.0), ("b", -4.0)):                                                          # the mean decides
-        final.development["block", view] = {"hybrid II": entered, "hybrid III": Fake(psnr=25.0 + bonus), "two of hybrid III averaged": Fake(psnr=24.9)}
+        final.development["block", view] = {("hybrid II", 0): Fake(psnr=25.0), ("hybrid II", 1): Fake(psnr=26.0),
+                                            ("hybrid III", 0): Fake(psnr=25.0 + bonus), ("hybrid III", 1): Fake(psnr=24.0)}
         final.development["denoise25", view] = {"blend": noisy, "hybrid III": Fake(psnr=29.5)}
-    assert final.chosen == {"block": {"hybrid II": 25.0, "two of hybrid III averaged": pytest.approx(24.9), "hybrid III": 24.5},
+    assert final.chosen == {"block": {"two of hybrid II averaged": 26.0, "hybrid II": 25.5, "two of hybrid III averaged": 24.75, "hybrid III": 24.25},
                             "denoise25": {"blend": 30.0, "hybrid III": 29.5, "hybrid I": 29.0}}
-    assert [next(iter(found)) for found in final.chosen.values()] == ["hybrid II", "blend"]
+    assert [next(iter(found)) for found in final.chosen.values()] == ["two of hybrid II averaged", "blend"]
     real = E.Final(E.SCALES["full"]).development
     assert {view for _, view in real} == set(E.views(E.DEVELOPMENT)) and len(real) == 30
     for (task, view), runs in real.items():
         for name, run in runs.items():
             assert view in (getattr(run, "photo", ""), getattr(run, "names", [""])[0], getattr(getattr(run, "staged", None), "photo", "")), name
+
+
+def made_up(run, pictures, monkeypatch, **result):
+    monkeypatch.setattr(type(run), "result", lambda self: result | {"pictures": pictures})
+    return run
+
+
+def test_a_second_seed_and_the_mean_of_two_fits(monkeypatch):
+    """With noise the second seed is other noise, without it another start on the same measurement; a mean is scored as a picture."""
+    model = E.Train("photos", 8)
+    noisy, hole = (E.Guided("coffee-left", task, 4, model, size=32) for task in ("denoise25", "block"))
+    assert E.Final.again(noisy, 1).seed == 1 == E.Final.again(hole, 1).start and E.Final.again(noisy, 1).start == 0 == E.Final.again(hole, 1).seed
+    assert E.Final.again(hole, 0) == hole
+    final, clean = object.__new__(E.Final), E.photo_named("coffee-left", 32)
+    above, below = (clean + shift for shift in (0.1, -0.1))
+    made_up(hole, {"last": 255 * above}, monkeypatch, psnr=20.0, ssim=0.9, seconds=2.0)
+    row = {"psnr": 21.0, "ssim": 0.8, "total_seconds": 3.0}
+    entered = made_up(E.Enter(("coffee-left",), "block", model, (E.Entry(),), size=32), {"coffee-left": {"entry 0": 255 * below}}, monkeypatch, rows={"coffee-left": [row]})
+    assert final.outcome(hole)[0] == {"psnr": 20.0, "ssim": 0.9, "seconds": 2.0} and final.outcome(entered)[0] == {"psnr": 21.0, "ssim": 0.8, "seconds": 3.0}
+    both = final.averaged([hole, entered])
+    assert both["seconds"] == 5.0 and both["psnr"] > 60 and both["ssim"] == pytest.approx(1, abs=1e-4)
 
 
 def test_unwatched_stages_end_with_their_patience():

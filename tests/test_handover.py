@@ -415,8 +415,8 @@ def test_guidance_without_weight_is_plain_dip(options):
         assert a.i == b.i and a.misfit == b.misfit and torch.equal(a.image, b.image) and torch.equal(a.average, b.average)
 
 
-@given(steps=st.integers(1, 30), refresh=st.integers(1, 12))
-def test_the_model_is_asked_once_per_refresh_at_the_step_of_its_time(steps, refresh):
+@given(steps=st.integers(1, 30), refresh=st.integers(1, 12), evaluations=st.integers(1, 4), begin=st.integers(0, 33))
+def test_the_model_is_asked_at_every_refresh_from_the_step_of_its_time_down(steps, refresh, evaluations, begin):
     asked, times, weights = [], [], []
     def denoise(xt, t):
         asked.append(t)
@@ -429,11 +429,43 @@ def test_the_model_is_asked_once_per_refresh_at_the_step_of_its_time(steps, refr
         return 1.0
     y = torch.rand(1, 1, 2, 2, generator=gen())
     fit = hybrid.guided_fit(y, lambda x: x, Pixels(0 * y), torch.zeros(1), steps, gen(), denoise, SCHEDULE,
-                            weight=weight, ts=ts, noise=gen(1), refresh=refresh)
+                            weight=weight, ts=ts, noise=gen(1), refresh=refresh, evaluations=evaluations, begin=begin)
     counts = [len(asked) for _ in fit]
-    assert counts == [math.ceil(i / refresh) for i in range(1, steps + 1)]
-    assert times == [i / steps for i in range(1, steps + 1, refresh)]
-    assert asked == weights == [1000 - round(600 * u) for u in times]
+    assert counts == [evaluations * max(0, math.ceil((i - begin) / refresh)) for i in range(1, steps + 1)]
+    assert times == [i / steps for i in range(begin + 1, steps + 1, refresh)]
+    assert asked[::evaluations] == weights == [1000 - round(600 * u) for u in times]
+    for k, t in enumerate(weights):
+        assert asked[k * evaluations:(k + 1) * evaluations] == [round(t * (1 - j / evaluations)) for j in range(evaluations)]
+
+
+def test_updates_before_the_first_guess_are_plain_dip():
+    y = torch.rand(1, 3, 16, 16, generator=gen(1))
+    ours, theirs = list(guided(y, lambda x: x, *small(), 12, gaussian(SCHEDULE), begin=5)), dip.fit(y, lambda x: x, *small(), 12, gen(5))
+    assert [torch.equal(a.image, b.image) for a, b in zip(ours, theirs)] == 6 * [True] + 6 * [False]                    # images are those before the update
+
+
+def test_a_collapse_where_the_first_guess_is_due_only_delays_it():
+    """dip.fit does not ask for the penalty in an update that restores older weights."""
+    class Jump(Pixels):
+        calls = 0
+
+        def forward(self, z):
+            self.calls += 1
+            return self.image + (100.0 if self.calls == 53 else 0.0)
+    y, asked = torch.rand(1, 1, 8, 8, generator=gen(1)), []
+    def denoise(xt, t):
+        asked.append(t)
+        return 0 * xt
+    *_, last = guided(y, lambda x: x, Jump(0.5 + 0 * y), torch.zeros(1), 60, denoise, begin=52, refresh=100)
+    assert last.i == 60 and len(asked) == 1
+
+
+def test_a_guess_of_several_evaluations_is_a_plain_hand_over():
+    """Where only the guess counts, free pixels go to what `hand_over` makes of the start with the same noise."""
+    y, t = torch.rand(1, 3, 8, 8, generator=gen(1)), 400
+    *_, guess = hybrid.hand_over(y, gaussian(SCHEDULE), SCHEDULE, t, 4, gen(6))
+    *_, last = guided(y, lambda x: 0 * x, Pixels(y), torch.zeros(1), 300, gaussian(SCHEDULE), t=t, refresh=1000, evaluations=4, average=0.9)
+    assert torch.allclose(last.average, ddpm.to_image(guess.x), atol=1e-2) and not torch.allclose(y, ddpm.to_image(guess.x), atol=0.1)
 
 
 def test_the_weight_belongs_to_the_step_of_the_chain():
@@ -482,11 +514,11 @@ class Gain(torch.nn.Module):
         return self.gain * xt
 
 
-@pytest.mark.parametrize("refresh", [1, 3])
-def test_no_gradient_reaches_the_model_nor_passes_through_it(refresh):
+@pytest.mark.parametrize("refresh, evaluations", [(1, 1), (3, 1), (3, 4)])
+def test_no_gradient_reaches_the_model_nor_passes_through_it(refresh, evaluations):
     model, y = Gain(), torch.rand(1, 3, 16, 16, generator=gen(1))
-    steps = list(guided(y, lambda x: x, *small(), 7, model, refresh=refresh))
-    assert model.gain.grad is None and model.gain.item() == 0.5 and len(model.seen) == math.ceil(7 / refresh)
+    steps = list(guided(y, lambda x: x, *small(), 7, model, refresh=refresh, evaluations=evaluations))
+    assert model.gain.grad is None and model.gain.item() == 0.5 and len(model.seen) == evaluations * math.ceil(7 / refresh)
     assert not any(xt.requires_grad for xt in model.seen) and not any(a.image.requires_grad or a.average.requires_grad for a in steps)
 
 

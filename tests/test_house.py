@@ -109,13 +109,16 @@ def blinded(run, monkeypatch, names):
 
 @pytest.mark.parametrize("task", ["block", "random80", "superres4"])
 def test_what_enters_the_chain_does_not_depend_on_the_scores(tiny_model, monkeypatch, task):
-    entries = tuple(experiments.Entry(source, steps=2, refits=refits, samples=samples, lean=lean) for source, refits, samples, lean in (
-        ("dip", 2, 1, False), ("dip", 0, 2, True), ("pinv", 0, 1, False), ("fill", 0, 1, False), ("tv", 0, 1, False), ("other", 0, 1, False), ("noise", 0, 1, False)))
+    entries = tuple(experiments.Entry(source, steps=2, refits=refits, samples=samples, lean=lean, fresh=fresh) for source, refits, samples, lean, fresh in (
+        ("dip", 2, 1, False, False), ("dip", 0, 2, True, False), ("pinv", 0, 1, False, False), ("fill", 0, 1, False, False), ("tv", 0, 1, False, False),
+        ("other", 0, 1, False, False), ("fill", 2, 1, False, False), ("fill", 2, 1, False, True), ("noise", 0, 1, False, False)))
     run = experiments.Enter(("coffee-left",), task, tiny_model, entries, size=32, widths=(4, 4))
     seen, blind = blinded(run, monkeypatch, ("psnr", "ssim"))
     rows, again = (r["rows"]["coffee-left"] for r in (seen, blind))
-    assert [r["psnr"] for r in again] == [0] * 7 and all(r["psnr"] > 0 for r in rows) and [r["t"] for r in rows] == [r["t"] for r in again]
-    assert [r["evaluations"] for r in rows] == [2, 4, 2, 2, 2, 2, 2] and [r["updates"] for r in rows] == [4 + 2 * 3, 4, 0, 0, 0, 0, 0]
+    assert [r["psnr"] for r in again] == [0] * 9 and all(r["psnr"] > 0 for r in rows) and [r["t"] for r in rows] == [r["t"] for r in again]
+    assert [r["evaluations"] for r in rows] == [2, 4, 2, 2, 2, 2, 2, 2, 2] and [r["updates"] for r in rows] == [4 + 2 * 3, 4, 0, 0, 0, 0, 4 + 2 * 3, 2 * 3, 0]
+    inside, untrained = (seen["pictures"]["coffee-left"][f"entry {k}"] for k in (6, 7))
+    assert not (inside == untrained).all()
     assert rows[-1]["t"] == 1000 and rows[1]["diversity"] > 0 == rows[0]["diversity"]
     for name, picture in seen["pictures"]["coffee-left"].items():
         assert (picture == blind["pictures"]["coffee-left"][name]).all()
@@ -123,11 +126,18 @@ def test_what_enters_the_chain_does_not_depend_on_the_scores(tiny_model, monkeyp
     assert (operator.A(seen["pictures"]["coffee-left"]["entry 0"] / 255) - y).abs().mean() < 0.02                 # but for clipping and rounding
 
 
-@pytest.mark.parametrize("change", [{}, {"free": True}, {"prior": "tv"}, {"prior": "nlm", "order": "random"}, {"copies": 2}, {"task": "superres4"}])
+def test_another_start_sees_the_same_measurement(tiny_model):
+    first, second = (experiments.Enter(("coffee-left",), "random80", tiny_model, (experiments.Entry(after=3, steps=1, refits=1),), size=32, widths=(4, 4), start=n)
+                     for n in (0, 1))
+    a, b = (run.execute(lambda *_: None)["pictures"]["coffee-left"] for run in (first, second))
+    assert (a["measured"] == b["measured"]).all() and not (a["entry 0"] == b["entry 0"]).all()
+
+
+@pytest.mark.parametrize("change", [{}, {"free": True}, {"prior": "tv"}, {"prior": "nlm", "order": "random"}, {"refresh": 2, "evaluations": 3, "begin": 3}, {"task": "superres4"}])
 def test_what_a_guided_fit_delivers_does_not_depend_on_the_scores(tiny_model, monkeypatch, change):
     run = experiments.Guided(**{"photo": "coffee-left", "task": "denoise25", "steps": 6, "model": tiny_model, "size": 32} | change)
     seen, blind = blinded(run, monkeypatch, ("psnr", "ssim"))
-    assert blind["curve"].abs().max() == 0 < seen["curve"].min() and seen["evaluations"] == 2 * run.copies
+    assert blind["curve"].abs().max() == 0 < seen["curve"].min() and seen["evaluations"] == (6 if run.refresh == 2 else 8)
     assert all((picture == blind["pictures"][name]).all() for name, picture in seen["pictures"].items())
 
 
