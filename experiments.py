@@ -2085,12 +2085,12 @@ class Final:
         keys = [(task, view, n) for task in self.TASKS for view in views(s.test) for n in range(1 if task == "denoise50" else min(2, s.seeds))]
         self.plain = {(t, v, n): self.again(dips.main[t, v, 0], n) for t, v, n in keys}
         self.diffuse = {(t, v, n): Diffuse(self.again(stop.main[t, v, 0], n), photos) for t, v, n in keys if TASKS[t]}
-        self.enter = {(t, v, n): Enter((v,), t, photos, ways_at(s, {w: Entrance.WAYS[w] for w in self.SHORT}), start=1) if n else run
-                      for (t, v), run in Entrance(s).main.items() if t in self.TASKS for n in range(min(2, s.seeds))}
+        entrance, short = Entrance(s).main, ways_at(s, {way: Entrance.WAYS[way] for way in self.SHORT})
+        self.enter = {(t, v, n): self.again(replace(entrance[t, v], entries=short), n) if n else entrance[t, v] for t, v, n in keys if not TASKS[t]}
         self.guided = {(t, v, n): self.again(guide.main[t, v], n) for t, v, n in keys if n == 0 or not TASKS[t]}
         self.strong = {k: {"hybrid III": replace(run, model=guide.strong)} | (
-            {"diffuse": replace(self.diffuse[k], model=guide.strong)} if TASKS[k[0]] else
-            {"enter": Enter((k[1],), k[0], guide.strong, ways_at(s, {w: Entrance.WAYS[w] for w in self.SHORT}))}) for k, run in self.guided.items() if k[1] in wholes(s) and not k[2]}
+            {"diffuse": replace(self.diffuse[k], model=guide.strong)} if TASKS[k[0]] else {"enter": replace(self.enter[k], model=guide.strong, entries=short)})
+            for k, run in self.guided.items() if k[1] in wholes(s) and not k[2]}
         self.development = {(t, v): self.candidates(replace(guide.main[t, views(s.test)[0]], photo=v), s) for t in self.TASKS for v in views(DEVELOPMENT)[:6 if s.seeds > 1 else 1]}
         self.twin = {(t, v, n): replace(self.plain[t, v, n], start=1 - n) for t, v, n in keys if not TASKS[t] or (n == 0 and v in wholes(s))}
 
@@ -2120,10 +2120,17 @@ class Final:
             return {"psnr": row["psnr"], "ssim": row["ssim"], "seconds": row["total_seconds"]}, pictures["entry 0"] / 255
         return {m: result[m] for m in ("psnr", "ssim", "seconds")}, result["pictures"]["last" if isinstance(run, Guided) else "delivered"] / 255
 
-    def averaged(self, runs) -> dict:
+    def averaged(self, runs) -> tuple[dict, Tensor]:
         """The same of the mean of their pictures."""
         ((view, size),), found = {(r.photo if isinstance(r, Guided) else r.names[0], r.size) for r in runs}, [self.outcome(run) for run in runs]
-        return score(sum(picture for _, picture in found) / len(found), photo_named(view, size)) | {"seconds": sum(row["seconds"] for row, _ in found)}
+        picture = sum(x for _, x in found) / len(found)
+        return score(picture, photo_named(view, size)) | {"seconds": sum(row["seconds"] for row, _ in found)}, picture
+
+    def delivered(self, name: str, key: tuple) -> tuple[dict, Tensor]:
+        """The same of a hybrid by its name, for (task, photo, seed); averages are of all seeds."""
+        run = {"hybrid I": {k: diffuse.staged for k, diffuse in self.diffuse.items()}, "hybrid II": self.enter, "hybrid III": self.guided}
+        one = name.removeprefix("two of ").removesuffix(" averaged")
+        return self.outcome(run[one][key]) if name == one else self.averaged([r for k, r in run[one].items() if k[:2] == key[:2]])
 
     @functools.cached_property
     def chosen(self) -> dict:
@@ -2137,7 +2144,7 @@ class Final:
                 psnr = {}
                 for name in ("hybrid II", "hybrid III"):
                     two = [runs[name, n] for n in (0, 1)]
-                    psnr |= {name: float(np.mean([self.outcome(run)[0]["psnr"] for run in two])), f"two of {name} averaged": self.averaged(two)["psnr"]}
+                    psnr |= {name: float(np.mean([self.outcome(run)[0]["psnr"] for run in two])), f"two of {name} averaged": self.averaged(two)[0]["psnr"]}
             found.setdefault(task, []).append(psnr)
         means = {task: {n: float(np.mean([p[n] for p in rows])) for n in self.CANDIDATES[bool(TASKS[task])]} for task, rows in found.items()}
         return {task: dict(sorted(of.items(), key=lambda item: -item[1])) for task, of in means.items()}
@@ -2151,15 +2158,14 @@ class Final:
         if TASKS[task]:
             rows = {k: self.diffuse[k].result()["rows"] for k in keys}
             found |= {label: {k: r[n] for k, r in rows.items()} for n, label in (("diffusion", "diffusion alone"), ("one step", "diffusion alone, one step"), ("diffusion pair", "two diffusion estimates averaged"))}
-            found |= {"hybrid I": {k: self.outcome(self.diffuse[k].staged)[0] for k in keys}, "hybrid II": {k: r["rule lean"] for k, r in rows.items()},
+            found |= {"hybrid I": {k: self.delivered("hybrid I", k)[0] for k in keys}, "hybrid II": {k: r["rule lean"] for k, r in rows.items()},
                       "blend": {k: r["blend"] for k, r in rows.items()}, "DIP pair and diffusion, half each": {k: r["half"] for k, r in rows.items()}}
         else:
             rows = {k: dict(zip(self.SHORT if k[2] else Entrance.WAYS, self.enter[k].result()["rows"][k[1]])) for k in keys}
             found |= {label: {k: {"psnr": r[n]["psnr"], "ssim": r[n]["ssim"], "seconds": r[n]["total_seconds"]} for k, r in rows.items() if n in r} for n, label in (
                 ("diffusion alone, 50 steps", "diffusion alone"), ("restart from interpolation", "restart from interpolation"), ("hybrid II", "hybrid II"))}
-        found["hybrid III"] = {k: self.outcome(run)[0] for k, run in self.guided.items() if k[0] == task}
-        for name, runs in (("hybrid II", self.enter), ("hybrid III", self.guided)) if not TASKS[task] else ():
-            found[f"two of {name} averaged"] = {k: self.averaged([run for other, run in runs.items() if other[:2] == k[:2]]) for k in keys}
+        for name in ("hybrid III", *(n for n in self.CANDIDATES[bool(TASKS[task])] if n.startswith("two of"))):
+            found[name] = {k: self.delivered(name, k)[0] for k in keys if k in self.guided}
         pairs = {k: [run.result() for run in (self.plain[k], twin)] for k, twin in self.twin.items() if k[0] == task}
         found["two DIPs averaged"] = {k: score(keeping(self.plain[k], sum(r["pictures"][rule] / 255 for r in two) / 2), photo_named(k[1], 96)) | {"seconds": sum(r["seconds"] for r in two)} for k, two in pairs.items()}
         return found
@@ -2220,10 +2226,8 @@ class Final:
             plain = self.plain[key].result()["pictures"]
             stored = self.diffuse[key].result()["pictures"] if noisy else self.enter[key].result()["pictures"][view]
             alone = stored["diffusion"] if noisy else stored[f"entry {list(Entrance.WAYS).index('diffusion alone, 50 steps')}"]
-            runs = {"hybrid I": {k: run.staged for k, run in self.diffuse.items()}, "hybrid II": self.enter, "hybrid III": self.guided}
             name, parent = next(iter(self.chosen[task])), to_bytes(keeping(self.plain[key], plain["discrepancy_tuned" if noisy else "held_out"] / 255))
-            fits = [run for k, run in runs.get(re.sub("two of | averaged", "", name), {}).items() if k == key or (name.startswith("two") and k[:2] == key[:2])]
-            best = to_bytes(sum(self.outcome(run)[1] for run in fits) / len(fits)) if fits else stored[name]
+            best = stored["blend"] if name == "blend" else to_bytes(self.delivered(name, key)[1])
             named = {"DIP alone": parent, "diffusion alone": alone, name: best}
             columns.append([(plain["measured"], task), *(scored(label, picture, plain["clean"]) for label, picture in named.items()), (plain["clean"], view)])
         return panels(columns, transpose=True)
@@ -2374,12 +2378,11 @@ def make_all(scale: str, jobs: int) -> None:
         except (OSError, ValueError, KeyError):
             fresh = False
         if not fresh:
-            stale[name] = experiment
-    execute([run for experiment in stale.values() for run in experiment.runs], jobs)
-    for name, experiment in stale.items():
+            stale[name] = experiment, runs
+    execute([run for _, runs in stale.values() for run in runs], jobs)
+    for name, (experiment, runs) in stale.items():
         values, tables = experiment.assemble()
         figures = draw_figures(name, experiment, values, out)
-        runs = everything_run(experiment.runs)
         paid = [run.result() for run in runs if first[run] == name]
         seconds = sum(max(r.get("core_seconds", 0.0), r.get("seconds", 0.0)) for r in paid)                      # a resumed training adds up its own
         stored = {"experiment": name, "key": experiment_key(experiment), "scale": scale, "hardware": hardware(), "runs": len(runs), "core_seconds": seconds,

@@ -544,7 +544,7 @@ def test_the_method_that_is_named_is_the_best_on_development_photos():
     noisy, final.development = Fake(rows={"blend": {"psnr": 30.0}}), {}
     noisy.staged = Fake(psnr=29.0)
     final.outcome = lambda run: (run.result(), None)
-    final.averaged = lambda runs: {"psnr": 0.5 + float(np.mean([run.result()["psnr"] for run in runs]))}
+    final.averaged = lambda runs: ({"psnr": 0.5 + float(np.mean([run.result()["psnr"] for run in runs]))}, None)
     for view, bonus in (("a", 3.0), ("b", -4.0)):                                                          # the mean decides
         final.development["block", view] = {("hybrid II", 0): Fake(psnr=25.0), ("hybrid II", 1): Fake(psnr=26.0),
                                             ("hybrid III", 0): Fake(psnr=25.0 + bonus), ("hybrid III", 1): Fake(psnr=24.0)}
@@ -576,8 +576,12 @@ def test_a_second_seed_and_the_mean_of_two_fits(monkeypatch):
     row = {"psnr": 21.0, "ssim": 0.8, "total_seconds": 3.0}
     entered = made_up(E.Enter(("coffee-left",), "block", model, (E.Entry(),), size=32), {"coffee-left": {"entry 0": 255 * below}}, monkeypatch, rows={"coffee-left": [row]})
     assert final.outcome(hole)[0] == {"psnr": 20.0, "ssim": 0.9, "seconds": 2.0} and final.outcome(entered)[0] == {"psnr": 21.0, "ssim": 0.8, "seconds": 3.0}
-    both = final.averaged([hole, entered])
-    assert both["seconds"] == 5.0 and both["psnr"] > 60 and both["ssim"] == pytest.approx(1, abs=1e-4)
+    both, picture = final.averaged([hole, entered])
+    assert both["seconds"] == 5.0 and both["psnr"] > 60 and both["ssim"] == pytest.approx(1, abs=1e-4) and torch.allclose(picture, clean, atol=1e-5)
+    final.diffuse, final.enter = {}, {("block", "coffee-left", 0): entered}
+    final.guided = {("block", "coffee-left", 0): hole, ("block", "coffee-left", 1): hole, ("block", "coffee-right", 0): None}
+    assert final.delivered("hybrid II", ("block", "coffee-left", 0))[0]["psnr"] == 21.0 and final.delivered("hybrid III", ("block", "coffee-left", 1))[0]["psnr"] == 20.0
+    assert final.delivered("two of hybrid III averaged", ("block", "coffee-left", 0))[0]["seconds"] == 4.0
 
 
 def test_unwatched_stages_end_with_their_patience():
