@@ -14,6 +14,8 @@ import signal
 import sys
 import threading
 import time
+import timeit
+from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -838,12 +840,6 @@ class Staged(Run):
 
 # ------------------------------------------------------------------- runs: DIP and the diffusion model together
 
-def kept_back(y: Tensor, operator: dip.Operator, generator: torch.Generator) -> Tensor:
-    """1 for the twentieth of all measurements that a fit will not see, (1, 1, h, w)."""
-    unseen = (torch.rand(1, 1, *y.shape[-2:], generator=generator) < 0.05).float().to(DEVICE)
-    return unseen * operator.A(torch.ones_like(operator.pinv(y)))[:, :1]                            # only what was measured
-
-
 @dataclass(frozen=True)
 class ModelError(Run):
     """v(t) of a trained model on its own kind of training pictures."""
@@ -869,22 +865,33 @@ class Pixels(nn.Module):
         return self.image
 
 
-def classical_fill(name: str, y: Tensor, operator: dip.Operator, task: str) -> Tensor:
-    """What can be had without any network: A⁺y; bicubic or biharmonic interpolation; least total variation (all of y only)."""
+def classical_fill(name: str, y: Tensor, operator: dip.Operator, unseen: Tensor | float = 0.0) -> Tensor:
+    """What can be had without any network: A⁺y; interpolation, biharmonic of what is missing or in `unseen`, then bicubic to the size
+    of the picture; least total variation (A⁺y and this of all of y only)."""
     start = operator.pinv(y)
     if name == "pinv":
         return start
-    if name == "fill" and task == "superres4":
-        return nn.functional.interpolate(y, size=start.shape[-2:], mode="bicubic").clamp(0, 1)
     if name == "fill":
-        missing = (operator.A(torch.ones_like(start))[0, 0] == 0).cpu().numpy()
-        filled = inpaint_biharmonic(start[0].permute(1, 2, 0).cpu().numpy(), missing, channel_axis=-1)
-        return torch.from_numpy(filled).float().permute(2, 0, 1)[None].clamp(0, 1).to(y.device)
+        missing = (operator.A(torch.ones_like(start))[:, :1] * (1 - unseen) == 0)[0, 0].cpu().numpy()
+        filled = inpaint_biharmonic(y[0].permute(1, 2, 0).cpu().numpy(), missing, channel_axis=-1) if missing.any() else y[0].permute(1, 2, 0).cpu().numpy()
+        filled = torch.from_numpy(filled).float().permute(2, 0, 1)[None].to(y.device)
+        return (nn.functional.interpolate(filled, size=start.shape[-2:], mode="bicubic") if filled.shape != start.shape else filled).clamp(0, 1)
 
     def variation(image, i):
         return 0.005 * ((image[..., 1:, :] - image[..., :-1, :]).abs().mean() + (image[..., 1:] - image[..., :-1]).abs().mean())
     *_, last = dip.fit(y, operator.A, Pixels(start), torch.zeros(1, 1, 1, 1, device=y.device), 400, torch.Generator(), penalty=variation)
     return last.image.clamp(0, 1)
+
+
+def second_opinion(y: Tensor, operator: dip.Operator, unseen: Tensor) -> tuple[Tensor, float]:
+    """Interpolation of all measurements, and the error on those kept back of interpolation without them."""
+    return projection(classical_fill("fill", y, operator), y, operator), max(1e-9, hybrid.kept_error(classical_fill("fill", y, operator, unseen), y, operator, unseen))
+
+
+def inside(entry: "Entry", y: Tensor, operator: dip.Operator, network, z: Tensor, chain: torch.Generator, t: int, held_out: float, opinion) -> hybrid.Refine:
+    """What hybrid II does to every guess: refit DIP, fuse its picture with the second opinion by the errors on what was kept back."""
+    again = hybrid.refit(y, operator.A, network, z, entry.refits, chain, range(1, t + 1), weight=entry.weight, amp=AMP)
+    return again if opinion is None else hybrid.in_turn(again, hybrid.lean_on(*opinion, torch.full((t + 1,), held_out)))
 
 
 class Entry(NamedTuple):
@@ -897,6 +904,7 @@ class Entry(NamedTuple):
     refits: int = 20                                                                        # DIP updates at every step; 0: none
     weight: float = 0.1                                                              # of the model's guess in those updates
     fresh: bool = False                                                     # let an untrained DIP do them, not the brief one
+    second: bool = True                                                     # after them, fuse with interpolation by inverse variance
     lean: bool = False                                                                 # fuse with f by inverse variance
     samples: int = 1
     consistent: bool = True
@@ -930,19 +938,22 @@ class Enter(Run):
         (denoise, schedule), v = self.model.denoiser(), ModelError(self.model).result()["v"]
         stops = sorted({self.after(e) for e in self.entries})
         brief = self.brief(y, operator, unseen, clean.shape, stops, self.generator(f"{name}/{self.task}/start {self.start}"))
-        other, rows, pictures = {}, [], {"measured": operator.pinv(y), "clean": clean}
+        other, rows, pictures, began = {}, [], {"measured": operator.pinv(y), "clean": clean}, time.perf_counter()
+        opinion = second_opinion(y, operator, unseen)
+        asking = time.perf_counter() - began
         for k, entry in enumerate(self.entries):
             f, state, held_out, spent = brief[self.after(entry)]
-            began, brought = time.perf_counter(), entry.source == "dip" or (entry.refits > 0 and not entry.fresh)     # does the brief DIP take part?
+            began, brought = time.perf_counter(), not entry.fresh and (entry.source == "dip" or entry.refits > 0)     # does the brief DIP take part?
+            fused = entry.refits > 0 and entry.second
+            error = hybrid.together(held_out, opinion[1]) if fused else held_out
             if entry.source == "other":
                 twin = self.names[0] if name.startswith("cat-") else next(v for v in views(TEST) if v.split("-")[0] != name.split("-")[0])
                 if not other:
-                    theirs, _ = measure(self.task, subject(twin, self.size).to(DEVICE), self.generator(f"{twin}/{self.task}"))
-                    other |= self.brief(theirs, operator, 0 * unseen, clean.shape, [BRIEF[self.task]], self.generator(f"{twin}/start"))
+                    other |= self.brief(operator.A(subject(twin, self.size).to(DEVICE)), operator, 0 * unseen, clean.shape, [BRIEF[self.task]], self.generator(f"{twin}/start"))
                 f = other[BRIEF[self.task]][0]
             elif entry.source != "dip":
-                f = clean * 0 if entry.source == "noise" else classical_fill(entry.source, y, operator, self.task)
-            t = schedule.T if entry.source == "noise" else entry.t or hybrid.enter_step(schedule, held_out, KAPPA)
+                f = clean * 0 if entry.source == "noise" else classical_fill(entry.source, y, operator)
+            t = schedule.T if entry.source == "noise" else entry.t or hybrid.enter_step(schedule, error, KAPPA)
             chain = self.generator(f"{name}/chain {k if entry.samples > 1 else 0} of {self.start}")
             consistent = hybrid.agree(y, operator, 0.0, v) if entry.consistent else hybrid.in_turn()
             hooks = [consistent]
@@ -952,16 +963,16 @@ class Enter(Run):
                 network, z = fresh_dip(self.generator(f"{name}/{self.task}/start {self.start}"), clean.shape[-2:], widths=self.widths)
                 if brought:
                     network.load_state_dict(state)
-                again = hybrid.refit(y, operator.A, network, z, entry.refits, chain, range(1, t + 1), weight=entry.weight, amp=AMP)
-                hooks = [*hooks, again, consistent]
+                hooks = [*hooks, inside(entry, y, operator, network, z, chain, t, held_out, opinion if fused else None), consistent]
             *_, last = hybrid.hand_over(f.expand(entry.samples, -1, -1, -1), denoise, schedule, t, entry.steps, chain, eta=entry.eta,
                                         refine=hybrid.in_turn(*hooks))
-            images, seconds = ddpm.to_image(last.x), time.perf_counter() - began
+            images, seconds = ddpm.to_image(last.x), time.perf_counter() - began + asking * fused
             mean = images.mean(0, keepdim=True)
             rows.append({"psnr": float(np.mean([score(x[None].cpu(), clean.cpu())["psnr"] for x in images])), "t": t, "held_out": held_out,
                          "ssim": float(np.mean([score(x[None].cpu(), clean.cpu())["ssim"] for x in images])), "mean_psnr": score(mean.cpu(), clean.cpu())["psnr"],
                          "f_psnr": score(projection(f, y, operator).cpu(), clean.cpu())["psnr"], "evaluations": entry.steps * entry.samples,
-                         "updates": self.after(entry) * brought + entry.refits * (entry.steps + 1),
+                         "fused_psnr": score(((opinion[1] * projection(f, y, operator) + held_out * opinion[0]) / (held_out + opinion[1])).cpu(), clean.cpu())["psnr"],
+                         "updates": self.after(entry) * (brought or entry.source == "other") + entry.refits * (entry.steps + 1),
                          "chain_seconds": seconds, "total_seconds": seconds + spent * brought, "to_f": (images - f).square().mean().sqrt().item(),
                          "diversity": (images - mean).square().mean().item() ** 0.5 * math.sqrt(2 * entry.samples / max(1, entry.samples - 1))})
             pictures[f"entry {k}"] = mean
@@ -974,7 +985,7 @@ class Enter(Run):
         """The clean picture, the same measurement of it as in Fit, and what of that no brief DIP will see."""
         clean, generator = subject(name, self.size).to(DEVICE), self.generator(f"{name}/{self.task}")
         y, operator = measure(self.task, clean, generator)
-        return clean, y, operator, kept_back(y, operator, generator)
+        return clean, y, operator, hybrid.kept_back(y, operator, generator)
 
     def after(self, entry: Entry) -> int:
         return entry.after or BRIEF[self.task]
@@ -987,8 +998,7 @@ class Enter(Run):
             if step.i in stops:
                 spent += time.perf_counter() - began
                 weights = {n: w.clone() for n, w in network.state_dict().items()}
-                held_out = ((operator.A(step.average) - y).square() * unseen).sum().item() / max(1.0, unseen.expand_as(y).sum().item())
-                found[step.i] = step.average, weights, held_out, spent
+                found[step.i] = step.average, weights, hybrid.kept_error(step.average, y, operator, unseen), spent
                 began = time.perf_counter()
         return found
 
@@ -1006,13 +1016,14 @@ class Film(Run):
         clean, y, operator, unseen = run.measured(name)
         (denoise, schedule), start, after = run.model.denoiser(), f"{name}/{run.task}/start {run.start}", run.after(entry)
         f, state, held_out, _ = run.brief(y, operator, unseen, clean.shape, [after], run.generator(start))[after]
-        t, consistent = hybrid.enter_step(schedule, held_out, KAPPA), hybrid.agree(y, operator, 0.0, torch.zeros(schedule.T + 1))
+        consistent, opinion = hybrid.agree(y, operator, 0.0, torch.zeros(schedule.T + 1)), second_opinion(y, operator, unseen)
+        t, late = (hybrid.enter_step(schedule, error, KAPPA) for error in (held_out, hybrid.together(held_out, opinion[1])))
         network, z = fresh_dip(run.generator(start), clean.shape[-2:], widths=run.widths)
         network.load_state_dict(state)
         strips = {}
-        for label, x, at, refits in (("diffusion alone", clean * 0, schedule.T, 0), ("plain restart", f, t, 0), ("hybrid II", f, t, entry.refits)):
+        for label, x, at, refits in (("diffusion alone", clean * 0, schedule.T, 0), ("plain restart", f, t, 0), ("hybrid II", f, late, entry.refits)):
             chain = run.generator(f"{name}/chain 0 of {run.start}")
-            again = hybrid.refit(y, operator.A, network, z, refits, chain, range(1, at + 1) if refits else (), weight=entry.weight, amp=AMP)
+            again = inside(entry, y, operator, network, z, chain, at, held_out, opinion) if refits else hybrid.in_turn()
             steps = hybrid.hand_over(x, denoise, schedule, at, entry.steps, chain, refine=hybrid.in_turn(consistent, again, consistent))
             frames = [(s.t, to_bytes(ddpm.to_image(s.x0_hat)), score(ddpm.to_image(s.x0_hat).cpu(), clean.cpu())["psnr"]) for s in steps]
             strips[label] = {"t": [a for a, _, _ in frames], "pictures": torch.cat([b for _, b, _ in frames]), "psnr": [c for _, _, c in frames]}
@@ -1060,30 +1071,37 @@ class Guided(Run):
     high: float = 1.0                                   # first and last step of the chain, in units of the step that fits the noise
     low: float = 1 / 3                                  # (noise-free: of NOISE_FREE's first step)
     order: str = "down"                                                                             # or "random": between the two
-    refresh: int = 40
-    evaluations: int = 8                                                                                    # of the model at each refresh
+    asks: str = "y"                                 # the model is asked once, about a noisy photo itself; or "fit": again and again, about the
+    refresh: int = 40                                                                                   # fit's images, as always without noise
+    evaluations: int = 0                                                                # of the model each time; 0: as fixed, 1 or 8
     begin: int = -1                                                        # updates without the model; negative: as fixed for the kind of task
     at: float = 1.0                                                                          # how far the model was trained
     prior: str = "model"                                                                               # or "tv", "nlm"
     free: bool = False                                                                     # pixels in place of the network
+    floor: float = 1.0                                                                     # of the misfit, in units of σ²; 0: none
     belief: float = 1.0
     size: int = 96
     seed: int = 0
     start: int = 0                                                                  # another start on the same measurement
     label = property(lambda self: f"guided {self.photo}")
     needs = property(lambda self: (self.model,))
-    cost = property(lambda self: self.steps * (0.027 + 0.04 * self.evaluations / self.refresh) * (self.size / 96) ** 2)
+    cost = property(lambda self: self.steps * (0.027 + 0.04 * (self.evaluations or 8) / self.refresh * (self.asks == "fit" or not TASKS[self.task])) * (self.size / 96) ** 2)
 
-    def options(self, schedule: ddpm.Schedule, sigma: float, noise: torch.Generator) -> dict:
-        """When a guided fit asks the model, from which step of the chain, and how much it listens."""
-        levels, unit = ddpm.noise_level(schedule), ddpm.step_of(schedule, sigma) if sigma else NOISE_FREE["t"]
-        high, low = (max(1, round(unit * x)) for x in (self.high, self.low))
-        strength = self.strength if self.strength >= 0 else STRENGTH if sigma else NOISE_FREE["strength"]
+    def options(self, y: Tensor, denoise, schedule: ddpm.Schedule, sigma: float, noise: torch.Generator) -> dict:
+        """When a guided fit asks the model, about what, from which step of the chain, and how much it listens."""
+        levels, unit, once = ddpm.noise_level(schedule), ddpm.step_of(schedule, sigma) if sigma else NOISE_FREE["t"], sigma and self.asks == "y"
+        high, low = (max(1, round(unit * x)) for x in ((1, 1) if once else (self.high, self.low)))
+        strength = self.strength if self.strength >= 0 else STRENGTH[self.asks] if sigma else NOISE_FREE["strength"]
+        evaluations = self.evaluations or (1 if once else 8)
 
         def at(u):
             return round(high + (low - high) * (u if self.order == "down" else float(torch.rand(1, generator=noise))))
-        return {"ts": at, "weight": lambda t: strength * ((sigma / levels[t].item()) ** 2 if sigma else 1.0), "noise": noise, "refresh": self.refresh,
-                "evaluations": self.evaluations, "begin": self.begin if self.begin >= 0 else 0 if sigma else min(NOISE_FREE["begin"], self.steps // 3)}
+
+        def guess(image, t):
+            return ddpm.denoise_photo(denoise, schedule, y, sigma, evaluations)
+        return {"ts": at, "weight": lambda t: strength * ((sigma / levels[t].item()) ** 2 if sigma else 1.0), "noise": noise, "floor": self.floor * sigma ** 2,
+                "refresh": self.steps if once else self.refresh, "evaluations": evaluations, "guess": guess if once else None,
+                "begin": self.begin if self.begin >= 0 else 0 if sigma else min(NOISE_FREE["begin"], self.steps // 3)}
 
     def execute(self, progress) -> dict:
         clean, sigma = subject(self.photo, self.size).to(DEVICE), self.belief * TASKS[self.task] / 255
@@ -1099,7 +1117,7 @@ class Guided(Run):
 
         curve, seconds, began = [], 0.0, time.perf_counter()
         for step in hybrid.guided_fit(y, operator.A, network, z, self.steps, start, counted, schedule, amp=None if self.free else AMP,
-                                      **self.options(schedule, sigma, noise)):
+                                      **self.options(y, counted, schedule, sigma, noise)):
             seconds += time.perf_counter() - began
             image = step.average if sigma else projection(step.average, y, operator)
             curve.append(metrics.psnr(image.clamp(0, 1), clean).item())
@@ -1230,7 +1248,7 @@ SNAPSHOTS = (25, 50, 100, 200, 300)                                             
 PLACES = (-0.1, 1.1)                            # training steps of the cats: the middle of the chain, where fur and mouth are decided
 BRIEF = {"block": 100, "bigblock": 100, "superres4": 100, "random80": 200}                         # DIP updates before a handover
 KAPPA = 4.0                                             # the entrance: σ_t over DIP's error on measurements that it has not seen
-STRENGTH = 0.4                                                          # λ of guided fits to noisy photos
+STRENGTH = {"y": 0.3, "fit": 0.4}                                       # λ of guided fits to noisy photos, by what the model is asked about
 NOISE_FREE = {"t": 300, "strength": 0.1, "begin": 100}              # … to noise-free measurements: first step, λ, updates before
 WMV, EMV = (80, 50), (0.05, 50, 50)         # window or weight, patience, first step: rescaled from fits of thousands of steps
 
@@ -1736,14 +1754,14 @@ class Entrance:
     TASKS = ("block", "bigblock", "random80", "superres4")
     WAYS = {"hybrid II": Entry(), "plain restart": Entry(refits=0), "plain restart, guided by f": Entry(refits=0, lean=True),
             "restart from A⁺y": Entry("pinv", refits=0), "restart from interpolation": Entry("fill", refits=0), "restart from TV": Entry("tv", refits=0),
-            "restart from another photo's DIP": Entry("other", refits=0), "interpolation enters, brief DIP inside": Entry("fill"),
+            "restart from another photo's DIP": Entry("other", refits=0), "hybrid II without interpolation": Entry(second=False),
             "diffusion alone, 10 steps": Entry("noise", steps=10, eta=0.85, refits=0), "diffusion alone, 50 steps": Entry("noise", steps=50, eta=0.85, refits=0),
             "DIP's picture at t = T": Entry(t=1000, refits=0)}
     GRID = {f"t = {t}": Entry(t=t) for t in (100, 200, 400, 700)}
     ABLATION = {**{f"{n} DIP updates before": Entry(after=n) for n in (25, 50, 200)}, **{f"{k} steps": Entry(steps=k) for k in (1, 2, 4)},
                 "5 updates a step": Entry(refits=5), **{f"model's weight {w}": Entry(weight=w) for w in (0.03, 0.3, 1.0)},
                 "η = 1": Entry(eta=1.0), "no data consistency": Entry(consistent=False),
-                "A⁺y, fresh DIP inside": Entry("pinv", fresh=True), "refits and fusion with f": Entry(lean=True),
+                "A⁺y, fresh DIP inside": Entry("pinv", fresh=True, second=False), "refits and fusion with f": Entry(lean=True),
                 **{f"8 samples, t = {t}": Entry(t=t, refits=0, samples=8) for t in (100, 300, 500, 700)},
                 **{f"diffusion alone, {k} steps": Entry("noise", steps=k, eta=0.85, refits=0) for k in (5, 20, 100)},
                 "diffusion alone, 50 steps, η = 0": Entry("noise", steps=50, refits=0)}
@@ -1792,13 +1810,15 @@ class Entrance:
                                     "wins_dip": float(np.mean([mine[v]["psnr"] > honest[v] for v in seen])),
                                     "dip_seconds": interval(plain[task, v]["held_out"]["seconds"] for v in seen),
                                     "dip_steps": interval(plain[task, v]["held_out"]["step"] for v in seen),
-                                    "same_updates": interval(mine[v]["psnr"] - self.at_updates(task, v) for v in seen),
+                                    "same_updates": interval(mine[v]["psnr"] - agreeing(r, max(r.result()["snapshots"], default="last"))["psnr"] for v, r in (
+                                        (v, self.plain[task, v]) for v in seen)),                                  # plain DIP after 300 updates
                                     "f": interval(r["f_psnr"] for r in mine.values()), "t": interval(r["t"] for r in mine.values())}
             lines.append([task, "DIP alone, held-out pixels", 0, f"{found['dip_steps']['mean']:.0f}", show(found["dip"]), show(found["dip_ssim"], 3),
                           f"{found['dip_seconds']['mean']:.1f}", show(found["versus_dip"]), f"{100 * found['wins_dip']:.0f} %"])
-            entering = {"brief DIP itself": "hybrid II", "interpolation itself (no network)": "restart from interpolation", "TV itself (no network)": "restart from TV"}
-            ways = {way: {v: rows[task, v, way] for v in seen} for way in self.WAYS if task != "random80" or "another" not in way} | {           # (its mask is another one)
-                label: {v: {"psnr": rows[task, v, way]["f_psnr"], "evaluations": 0, "updates": BRIEF[task] if way == "hybrid II" else 0} for v in seen} for label, way in entering.items()}
+            entering = {"brief DIP itself": ("hybrid II", "f_psnr"), "interpolation itself (no network)": ("restart from interpolation", "f_psnr"),
+                        "TV itself (no network)": ("restart from TV", "f_psnr"), "brief DIP and interpolation, fused (no model)": ("hybrid II", "fused_psnr")}
+            ways = {way: {v: rows[task, v, way] for v in seen} for way in self.WAYS} | {
+                label: {v: {"psnr": rows[task, v, way][m], "evaluations": 0, "updates": BRIEF[task] if way == "hybrid II" else 0} for v in seen} for label, (way, m) in entering.items()}
             for way, of in ways.items():
                 entry = found[slug(way)] = {m: interval(r[m] for r in of.values()) for m in next(iter(of.values())) if m in ("psnr", "ssim", "total_seconds", "updates", "evaluations")}
                 differences = [mine[v]["psnr"] - of[v]["psnr"] for v in seen]
@@ -1879,11 +1899,6 @@ class Entrance:
             "noisy": table(["task", "way", "PSNR, dB", "− pair, dB"], noisy_lines)}
         return {"main": values, "ablation": changes, "cats": cats, "noisy": noisy, "long": long, "reaches": reaches, "kappa": KAPPA,
                 "grid": {f"{task}_{slug(n)}": float(np.mean(v)) for (task, n), v in grid.items()}}, tables
-
-    def at_updates(self, task: str, view: str) -> float:
-        """Plain DIP's PSNR after 300 updates, the kept step that is next above hybrid II's."""
-        run = self.plain[task, view]
-        return agreeing(run, max(run.result()["snapshots"], default="last"))["psnr"]
 
     def figures(self, values: dict) -> dict:
         return {"pictures": self.pictures, "cost": lambda: self.cost(values), "maps": self.maps, "film": self.film}
@@ -2007,22 +2022,24 @@ class Guide:
         self.strong = Train("photos", 4 * s.photos)
         steps = {task: round(1.6 * s.fit[task]) if TASKS[task] else s.fit[task] for task in self.TASKS}
         self.main = {(task, view): Guided(view, task, steps[task], photos) for task in self.TASKS for view in views(s.test)}
-        self.off = {view: Guided(view, "denoise25", steps["denoise25"], photos, begin=10 ** 6) for view in views(s.test)}
-        single = {"refresh": 5, "evaluations": 1}
-        changes = {"as chosen": {}, "score off (λ = 0)": {"begin": 10 ** 6}, "λ = 0.1": {"strength": 0.1}, "λ = 0.8": {"strength": 0.8},
-                   "λ = 6.4": {"strength": 6.4}, "CNN off (free pixels)": {"free": True}, "one evaluation, every 5 updates": single,
-                   "TV in the model's place": {"prior": "tv"} | single, "non-local means in the model's place": {"prior": "nlm"} | single,
-                   "fixed t": {"low": 1.0}, "random t": {"order": "random"}, "one evaluation, every 20 updates": {"refresh": 20, "evaluations": 1}, "eight evaluations, every 80 updates": {"refresh": 80},
+        never, single = {"begin": 10 ** 6}, {"asks": "fit", "refresh": 5, "evaluations": 1}
+        self.off = {view: Guided(view, "denoise25", steps["denoise25"], photos, floor=0.0, **never) for view in views(s.test)}
+        self.still = {(task, view): Guided(view, task, steps[task], photos, **never) for task in self.TASKS[:2] for view in views(s.test)}
+        changes = {"as chosen": {}, "floor, no model (λ = 0)": never, "model, no floor": {"floor": 0.0}, "neither: plain DIP": {"floor": 0.0} | never,
+                   "λ = 0.1": {"strength": 0.1}, "λ = 1": {"strength": 1.0}, "λ = 10": {"strength": 10.0}, "CNN off (free pixels)": {"free": True},
+                   "TV in the model's place": {"prior": "tv"}, "non-local means in the model's place": {"prior": "nlm"}, "asked in eight steps": {"evaluations": 8},
+                   "asked about its own images": {"asks": "fit"}, "… without the floor": {"asks": "fit", "floor": 0.0}, "… fixed t": {"asks": "fit", "low": 1.0},
+                   "… random t": {"asks": "fit", "order": "random"}, "… every 5 updates, one evaluation": single,
                    "model after 1/4": {"at": 1 / 4}, "model trained 4 × as long": {"model": self.strong}, "cats' model (out of domain)": {"model": cats},
                    "σ believed × 0.7": {"belief": 0.7}, "σ believed × 1.3": {"belief": 1.3}}
         self.ablation = {(name, view): Guided(**{"photo": view, "task": "denoise25", "steps": steps["denoise25"], "model": photos, "size": 64} | change)
                          for name, change in changes.items() for view in four}
         self.foreign = {(name, f"cat-{i}"): Guided(f"cat-{i}", "denoise25", steps["denoise25"], model, size=32, **more) for i in range(4)
-                        for name, model, more in (("photos' model", photos, {}), ("cats' model", cats, {}), ("no model", photos, {"begin": 10 ** 6}))}
+                        for name, model, more in (("photos' model", photos, {}), ("cats' model", cats, {}), ("no model", photos, never))}
 
     @property
     def runs(self) -> list[Run]:
-        return [*self.main.values(), *self.off.values(), *self.ablation.values(), *self.foreign.values()]
+        return [*self.main.values(), *self.off.values(), *self.still.values(), *self.ablation.values(), *self.foreign.values()]
 
     @staticmethod
     def digest(run: Guided) -> dict:
@@ -2031,12 +2048,15 @@ class Guide:
             "peak": result["curve"].max().item(), "loss": float(result["curve"].max() - result["curve"][-1]), "step": int(result["curve"].argmax()) + 1}
 
     def assemble(self) -> tuple[dict, dict]:
-        main, off = ({k: self.digest(r) for k, r in runs.items()} for runs in (self.main, self.off))
+        main, off, still = ({k: self.digest(r) for k, r in runs.items()} for runs in (self.main, self.off, self.still))
         ablation, foreign = ({k: self.digest(r) for k, r in runs.items()} for runs in (self.ablation, self.foreign))
         def over(found):
             return {m: interval(d[m] for d in found.values()) for m in ("psnr", "ssim", "peak", "loss", "seconds", "evaluations", "step")}
         values = {task: over({k: d for k, d in main.items() if k[0] == task}) for task in self.TASKS} | {"off": over(off)}
+        for task in self.TASKS[:2]:
+            values[f"still_{task}"] = over({k: d for k, d in still.items() if k[0] == task}) | {"gain": interval(main[k]["psnr"] - d["psnr"] for k, d in still.items() if k[0] == task)}
         values["gain_off"] = interval(main["denoise25", v]["psnr"] - off[v]["peak"] for v in off)
+        values["loss"] = float(np.mean([values[task]["loss"]["mean"] for task in self.TASKS]))
         names, kinds = (list(dict.fromkeys(name for name, _ in found)) for found in (ablation, foreign))
         changes = {n: over({k: d for k, d in ablation.items() if k[0] == n}) | {"gain": interval(d["psnr"] - ablation["as chosen", k[1]]["psnr"] for k, d in ablation.items() if k[0] == n)}
                    for n in names}
@@ -2044,11 +2064,11 @@ class Guide:
         def line(name, m):
             return [name, show(m["psnr"]), show(m["peak"]), show(m["loss"]), f"{m['step']['mean']:.0f}", f"{m['evaluations']['mean']:.0f}", f"{m['seconds']['mean']:.0f}"]
         columns = ["last step, dB", "*peak*, dB", "lost since the peak, dB", "*peak at step*", "evaluations", "seconds"]
-        tables = {"main": table(["task", *columns], [*(line(t, values[t]) for t in self.TASKS), line("denoise25, score off", values["off"])]),
+        tables = {"main": table(["task", *columns], [*(line(t, values[t]) for t in self.TASKS), *(line(f"{t}, floor but no model", values[f"still_{t}"]) for t in self.TASKS[:2]), line("denoise25, plain DIP", values["off"])]),
                   "ablation": table(["change", *columns, "− as chosen, dB"], [[*line(n, m), show(m["gain"])] for n, m in changes.items()]),
                   "foreign": table(["cats with noise σ = 25", *columns], [line(n, m) for n, m in others.items()])}
         return {"main": values, "ablation": {slug(n): m for n, m in changes.items()}, "foreign": {slug(n): m for n, m in others.items()},
-                "strength": STRENGTH, "free_strength": NOISE_FREE["strength"]}, tables
+                "strength": STRENGTH["y"], "free_strength": NOISE_FREE["strength"]}, tables
 
     def figures(self, values: dict) -> dict:
         return {"curves": self.curves}
@@ -2058,9 +2078,9 @@ class Guide:
         for view, color in zip(wholes(self.scale), ("C0", "C1", "C2", "C3")):
             axes[0].plot(self.main["denoise25", view].result()["curve"], color=color, label=view)
             axes[0].plot(self.off[view].result()["curve"], color=color, ls=":")
-        axes[0].set(title="σ = 25: guided (lines), score off (dotted)", xlabel="DIP updates", ylabel="PSNR of the running average, dB")
+        axes[0].set(title="σ = 25: guided (lines), plain DIP (dotted)", xlabel="DIP updates", ylabel="PSNR of the running average, dB")
         axes[0].legend(fontsize=8)
-        for ax, wanted in ((axes[1], ("as chosen", "score off (λ = 0)", "λ = 0.1", "λ = 0.8", "λ = 6.4")),
+        for ax, wanted in ((axes[1], ("as chosen", "floor, no model (λ = 0)", "model, no floor", "neither: plain DIP", "asked about its own images", "λ = 10")),
                            (axes[2], ("as chosen", "CNN off (free pixels)", "TV in the model's place", "non-local means in the model's place", "cats' model (out of domain)", "model after 1/4", "model trained 4 × as long"))):
             for name in wanted:
                 ax.plot(torch.stack([r.result()["curve"] for k, r in self.ablation.items() if k[0] == name]).mean(0), label=name)
@@ -2082,12 +2102,12 @@ class Final:
     def __init__(self, scale: Scale):
         s = self.scale = scale
         photos, dips, stop, guide = Train("photos", s.photos), DIP(s), Stop(s), Guide(s)
-        keys = [(task, view, n) for task in self.TASKS for view in views(s.test) for n in range(1 if task == "denoise50" else min(2, s.seeds))]
+        keys = [(task, view, n) for task in self.TASKS for view in views(s.test) for n in range(min(2, s.seeds))]
         self.plain = {(t, v, n): self.again(dips.main[t, v, 0], n) for t, v, n in keys}
         self.diffuse = {(t, v, n): Diffuse(self.again(stop.main[t, v, 0], n), photos) for t, v, n in keys if TASKS[t]}
         entrance, short = Entrance(s).main, ways_at(s, {way: Entrance.WAYS[way] for way in self.SHORT})
         self.enter = {(t, v, n): self.again(replace(entrance[t, v], entries=short), n) if n else entrance[t, v] for t, v, n in keys if not TASKS[t]}
-        self.guided = {(t, v, n): self.again(guide.main[t, v], n) for t, v, n in keys if n == 0 or not TASKS[t]}
+        self.guided, self.still = {(t, v, n): self.again(guide.main[t, v], n) for t, v, n in keys}, guide.still
         self.strong = {k: {"hybrid III": replace(run, model=guide.strong)} | (
             {"diffuse": replace(self.diffuse[k], model=guide.strong)} if TASKS[k[0]] else {"enter": replace(self.enter[k], model=guide.strong, entries=short)})
             for k, run in self.guided.items() if k[1] in wholes(s) and not k[2]}
@@ -2101,7 +2121,7 @@ class Final:
 
     @property
     def runs(self) -> list[Run]:
-        return [*self.plain.values(), *self.diffuse.values(), *self.enter.values(), *self.guided.values(), *self.twin.values(),
+        return [*self.plain.values(), *self.diffuse.values(), *self.enter.values(), *self.guided.values(), *self.still.values(), *self.twin.values(),
                 *(run for found in (self.strong, self.development) for runs in found.values() for run in runs.values())]
 
     def candidates(self, guided: Guided, s: Scale) -> dict:
@@ -2149,6 +2169,13 @@ class Final:
         means = {task: {n: float(np.mean([p[n] for p in rows])) for n in self.CANDIDATES[bool(TASKS[task])]} for task, rows in found.items()}
         return {task: dict(sorted(of.items(), key=lambda item: -item[1])) for task, of in means.items()}
 
+    def with_interpolation(self, key: tuple, share: float) -> dict:
+        """The same of interpolation, with a share of DIP alone at its honest stop."""
+        run, began = self.plain[key], time.perf_counter()
+        fill = classical_fill("fill", *measure(run.task, photo_named(run.photo, run.size), run.generator(f"{run.photo}/{run.task}")))
+        picture = keeping(run, share * run.result()["pictures"]["held_out"] / 255 + (1 - share) * fill) if share else keeping(run, fill)
+        return score(picture, photo_named(run.photo, run.size)) | {"seconds": time.perf_counter() - began + (DIP.outcome(run)["held_out"]["seconds"] if share else 0.0)}
+
     def methods(self, task: str) -> dict:
         """Method → {(task, photo, seed): {psnr, ssim, seconds}}."""
         keys, rule = [k for k in self.plain if k[0] == task], "discrepancy_tuned" if TASKS[task] else "held_out"
@@ -2159,11 +2186,13 @@ class Final:
             rows = {k: self.diffuse[k].result()["rows"] for k in keys}
             found |= {label: {k: r[n] for k, r in rows.items()} for n, label in (("diffusion", "diffusion alone"), ("one step", "diffusion alone, one step"), ("diffusion pair", "two diffusion estimates averaged"))}
             found |= {"hybrid I": {k: self.delivered("hybrid I", k)[0] for k in keys}, "hybrid II": {k: r["rule lean"] for k, r in rows.items()},
-                      "blend": {k: r["blend"] for k, r in rows.items()}, "DIP pair and diffusion, half each": {k: r["half"] for k, r in rows.items()}}
+                      "blend": {k: r["blend"] for k, r in rows.items()}, "DIP pair and diffusion, half each": {k: r["half"] for k, r in rows.items()},
+                      "DIP with the floor, no model": {k: self.outcome(self.still[k[:2]])[0] for k in keys if not k[2]}}
         else:
             rows = {k: dict(zip(self.SHORT if k[2] else Entrance.WAYS, self.enter[k].result()["rows"][k[1]])) for k in keys}
             found |= {label: {k: {"psnr": r[n]["psnr"], "ssim": r[n]["ssim"], "seconds": r[n]["total_seconds"]} for k, r in rows.items() if n in r} for n, label in (
-                ("diffusion alone, 50 steps", "diffusion alone"), ("restart from interpolation", "restart from interpolation"), ("hybrid II", "hybrid II"))}
+                ("diffusion alone, 50 steps", "diffusion alone"), ("restart from interpolation", "restart from interpolation"), ("hybrid II without interpolation", "hybrid II without interpolation"), ("hybrid II", "hybrid II"))}
+            found |= {label: {k: self.with_interpolation(k, share) for k in keys if not k[2]} for label, share in (("interpolation (no network)", 0.0), ("DIP alone and interpolation, half each", 0.5))}
         for name in ("hybrid III", *(n for n in self.CANDIDATES[bool(TASKS[task])] if n.startswith("two of"))):
             found[name] = {k: self.delivered(name, k)[0] for k in keys if k in self.guided}
         pairs = {k: [run.result() for run in (self.plain[k], twin)] for k, twin in self.twin.items() if k[0] == task}
@@ -2393,11 +2422,10 @@ def make_all(scale: str, jobs: int) -> None:
 
 
 def draw_figures(name: str, experiment, values: dict, out: Path) -> list[str]:
-    files = []
-    for label, draw in experiment.figures(values).items():
-        files.append(f"{name}_{label}.png")
-        save_figure(draw(), out / files[-1])
-    return files
+    found = {f"{name}_{label}.png": draw for label, draw in experiment.figures(values).items()}
+    for file, draw in found.items():
+        save_figure(draw(), out / file)
+    return list(found)
 
 
 def make_figures(scale: str) -> None:
@@ -2419,13 +2447,11 @@ def bench() -> None:
 
     def hourglass(size, **options):
         z, y = dip.random_input((size, size), g), torch.rand(1, 3, size, size)
-        run = dip.fit(y, lambda x: x, dip.Hourglass(**options), z, 99, g, amp=AMP)
-        return lambda: next(run)
+        return functools.partial(next, dip.fit(y, lambda x: x, dip.Hourglass(**options), z, 99, g, amp=AMP))
 
     def training(data, size, n):
         network, batch = Train(data, 99).network().cpu(), torch.rand(n, 3, size, size)
-        run = ddpm.train(network, schedule, lambda _: batch, ddpm.v_head, 99, g, amp=AMP)
-        return lambda: next(run)
+        return functools.partial(next, ddpm.train(network, schedule, lambda _: batch, ddpm.v_head, 99, g, amp=AMP))
     x, y = torch.rand(2, 1, 3, 512, 512)
     jobs = {"matrix product 1024": lambda: matrix @ matrix, "U-Net training step, 16 cats 32×32": training("cats", 32, 16),
             "U-Net training step, 8 patches 64×64": training("photos", 64, 8),
@@ -2436,12 +2462,8 @@ def bench() -> None:
         job()
         with FlopCounterMode(display=False) as counter:
             job()
-        times = []
-        for _ in range(5):
-            began = time.perf_counter()
-            job()
-            times.append(time.perf_counter() - began)
-        print(f"{name:40s} {1000 * min(times):8.1f} ms {counter.get_total_flops() / min(times) / 1e9:8.1f} GFLOP/s")
+        best = min(timeit.repeat(job, number=1, repeat=5))
+        print(f"{name:40s} {1000 * best:8.1f} ms {counter.get_total_flops() / best / 1e9:8.1f} GFLOP/s")
 
 
 def make_report(scale: str) -> None:
@@ -2566,13 +2588,11 @@ def restore(image: str, task: str, method: str = "dip", sigma: str = "", mask: s
 
     def faded(x):
         return x.mean(1, keepdim=True) if y.shape[1] == 1 else x
-    if method == "dip":
-        estimate = restore_dip(y, operator, task, shape, steps)
-    elif method == "staged":
-        estimate = restore_staged(y, level, steps)[0]
-    elif method == "blend":
-        estimate = restore_blend(y, level, steps, model)
-    elif method == "handover":
+    if method != "handover":
+        estimate = {"dip": lambda: restore_dip(y, operator, task, shape, steps), "staged": lambda: restore_staged(y, level, steps)[0],
+                    "blend": lambda: restore_blend(y, level, steps, model), "guided": lambda: faded(restore_guided(colours, operator, level, shape, steps, model)),
+                    "ddpm": lambda: faded(restore_ddpm(colours, operator, task, level, shape, steps, model))}[method]()
+    else:
         alternatives = faded(restore_handover(colours, operator, shape, steps, model, count))
         estimate = alternatives.mean(0, keepdim=True)
         for i, image in enumerate(alternatives if count > 1 else []):
@@ -2580,16 +2600,11 @@ def restore(image: str, task: str, method: str = "dip", sigma: str = "", mask: s
         if count > 1:
             save_picture(4 * alternatives.std(0, keepdim=True).mean(1, keepdim=True), target.with_name(f"{target.stem}-disagreement.png"))
             print(f"{count} alternatives, their mean and their disagreement (deviation × 4) written")
-    elif method == "guided":
-        estimate = faded(restore_guided(colours, operator, level, shape, steps, model))
-    else:
-        estimate = faded(restore_ddpm(colours, operator, task, level, shape, steps, model))
     if task == "inpaint":
         estimate = y + estimate * (1 - known)                                                    # what is known stays
-    before = operator.pinv(y)
     save_picture(estimate, target)
     comparison = target.with_name(f"{target.stem}-before-after.png")
-    save_picture(torch.cat([before, torch.ones_like(before[..., :8]), estimate], dim=-1), comparison)
+    save_picture(torch.cat([operator.pinv(y), torch.ones_like(estimate[..., :8]), estimate], dim=-1), comparison)
     print(f"{path_name(target)} and {path_name(comparison)} written, {time.perf_counter() - began:.0f} s")
 
 
@@ -2612,21 +2627,15 @@ def restore_dip(y, operator, task, shape, steps) -> Tensor:
     """DIP, stopped by held-out measurements: of all rules here the one that needs neither the truth nor the noise level."""
     steps, generator = steps or 2000, torch.Generator().manual_seed(0)
     net, z = cropped_dip(generator, shape, y.shape[1])
-    unseen = kept_back(y, operator, generator)
-
-    def seen(x):
-        return operator.A(x) * (1 - unseen)
+    unseen = hybrid.kept_back(y, operator, generator)
     rule = dip.HeldOut(y, operator.A, unseen)
-    bar = tqdm(total=steps, desc=f"DIP, {task}")
-    for step in dip.fit(y * (1 - unseen), seen, net, z, steps, generator, amp=AMP):
+    fit = dip.fit(y * (1 - unseen), lambda x: operator.A(x) * (1 - unseen), net, z, steps, generator, amp=AMP)
+    for step in (bar := tqdm(fit, total=steps, desc=f"DIP, {task}")):
         stop = rule(step)
         best = step.average if rule.best == step.i else best
-        bar.set_postfix_str(f"misfit {255 * step.misfit ** 0.5:.1f}", refresh=False)
-        bar.update()
+        bar.set_postfix_str(f"stopped, best at step {rule.best}" if stop else f"misfit {255 * step.misfit ** 0.5:.1f}", refresh=stop)
         if stop:
-            bar.set_postfix_str(f"stopped, best at step {rule.best}")
             break
-    bar.close()
     return best
 
 
@@ -2643,13 +2652,11 @@ def restore_staged(y, level, steps) -> tuple[Tensor, float, hybrid.Link]:
     seed = int.from_bytes(hashlib.sha256(y.cpu().numpy().tobytes()).digest()[:7], "little")      # never that of noise added by hand
     steps, generator = steps or 2000, torch.Generator().manual_seed(seed)
     chain = noisier(y, level, [0.25], generator)
-    bar = tqdm(total=steps, desc="DIP, mirrored pair")
-    for stage in hybrid.staged_fit(y, level, chain, lambda: cropped_dip(generator, y.shape[-2:], y.shape[1]), steps, generator, amp=AMP):
+    fit = hybrid.staged_fit(y, level, chain, lambda: cropped_dip(generator, y.shape[-2:], y.shape[1]), steps, generator, amp=AMP)
+    for stage in (bar := tqdm(fit, total=steps, desc="DIP, mirrored pair")):
         least = stage.value if stage.best_step == stage.i else least
         expected = -10 * math.log10(max(stage.expected, 1e-6))
         bar.set_postfix_str(f"expected PSNR {expected:.1f} dB", refresh=False)
-        bar.update()
-    bar.close()
     if not (y.min() > 0 and y.max() < 1):
         print("(some pixels are saturated: their noise was cut, and the expectation will be off by a decibel or two)")
     print(f"stopped after {stage.i} steps, least estimated error at step {stage.best_step}: expected PSNR {expected:.1f} dB")
@@ -2679,21 +2686,18 @@ def restore_handover(y, operator, shape, steps, model, samples) -> Tensor:
     """Hybrid II: a brief DIP opens the reverse process, and goes on inside it; `samples` alternatives (n, C, H, W)."""
     (denoise, schedule), steps, generator = ready(model), steps or 100, torch.Generator().manual_seed(0)
     net, z = cropped_dip(generator, shape, 3)
-    unseen = kept_back(y, operator, generator)
-    for step in tqdm(dip.fit(y * (1 - unseen), lambda x: operator.A(x) * (1 - unseen), net, z, steps, generator, amp=AMP), total=steps, desc="DIP, brief"):
-        pass
+    unseen = hybrid.kept_back(y, operator, generator)
+    fit = dip.fit(y * (1 - unseen), lambda x: operator.A(x) * (1 - unseen), net, z, steps, generator, amp=AMP)
+    step = deque(tqdm(fit, total=steps, desc="DIP, brief"), 1).pop()
     state = {name: w.clone() for name, w in net.state_dict().items()}
-    held_out = ((operator.A(step.average) - y).square() * unseen).sum().item() / max(1.0, unseen.expand_as(y).sum().item())
-    t, found, entry = hybrid.enter_step(schedule, held_out, KAPPA), [], Entry()
-    print(f"the chain is entered at step {t} of {schedule.T}")
+    held_out, opinion, entry = hybrid.kept_error(step.average, y, operator, unseen), second_opinion(y, operator, unseen), Entry()
+    t, found = hybrid.enter_step(schedule, hybrid.together(held_out, opinion[1]), KAPPA), []
+    print(f"the chain is entered at step {t} of {schedule.T}; by what was kept back, DIP weighs {100 * opinion[1] / (held_out + opinion[1]):.0f} % against interpolation")
     for _ in tqdm(range(samples), desc="reverse process", disable=samples == 1):
         net.load_state_dict(state)
-        consistent = hybrid.agree(y, operator, 0.0, torch.zeros(schedule.T + 1))
-        again = hybrid.refit(y, operator.A, net, z, entry.refits, generator, range(1, t + 1), weight=entry.weight, amp=AMP)
+        consistent, again = hybrid.agree(y, operator, 0.0, torch.zeros(schedule.T + 1)), inside(entry, y, operator, net, z, generator, t, held_out, opinion)
         chain = hybrid.hand_over(step.average, denoise, schedule, t, entry.steps, generator, refine=hybrid.in_turn(consistent, again, consistent))
-        for state_now in tqdm(chain, total=entry.steps + 1, desc="reverse process", disable=samples > 1):
-            pass
-        found.append(ddpm.to_image(state_now.x))
+        found.append(ddpm.to_image(deque(tqdm(chain, total=entry.steps + 1, desc="reverse process", disable=samples > 1), 1).pop().x))
     return torch.cat(found)
 
 
@@ -2702,9 +2706,8 @@ def restore_guided(y, operator, level, shape, steps, model) -> Tensor:
     (denoise, schedule), steps, generator = ready(model), steps or (800 if level else 450), torch.Generator().manual_seed(0)
     net, z = cropped_dip(generator, shape, 3)
     fit = hybrid.guided_fit(y, operator.A, net, z, steps, generator, denoise, schedule, amp=AMP,
-                            **Guided("", "", steps, model).options(schedule, level, torch.Generator().manual_seed(1)))
-    for step in tqdm(fit, total=steps, desc="guided DIP"):
-        pass
+                            **Guided("", "", steps, model).options(y, denoise, schedule, level, torch.Generator().manual_seed(1)))
+    step = deque(tqdm(fit, total=steps, desc="guided DIP"), 1).pop()
     return step.average if level else projection(step.average, y, operator)
 
 
@@ -2716,9 +2719,8 @@ def restore_ddpm(y, operator, task, level, shape, steps, model) -> Tensor:
     refine = hybrid.agree(y, operator, 0.0, torch.zeros(schedule.T + 1))
     generator, count = torch.Generator().manual_seed(0), steps or 50
     x = torch.randn(1, 3, *shape, generator=generator).to(DEVICE)
-    for state in tqdm(ddpm.ddim(denoise, schedule, x, count, generator, eta=0.85, refine=refine), total=count, desc=f"DDPM, {task}"):
-        pass
-    return ddpm.to_image(state.x)
+    chain = ddpm.ddim(denoise, schedule, x, count, generator, eta=0.85, refine=refine)
+    return ddpm.to_image(deque(tqdm(chain, total=count, desc=f"DDPM, {task}"), 1).pop().x)
 
 
 # ----------------------------------------------------------------------------------------------- command line

@@ -178,6 +178,34 @@ def enter_step(s: ddpm.Schedule, error: float, kappa: float = 1.0) -> int:
     return ddpm.step_of(s, kappa * math.sqrt(max(error, 0.0)))
 
 
+def kept_back(y: Tensor, operator: dip.Operator, generator: torch.Generator) -> Tensor:
+    """1 for the measurements that a fit is not to see, about a twentieth of all, (1, 1, h, w): scattered ones, or, where a hole is more
+    than ten pixels wide, a few squares beside it that are half as wide. What is far from all that is known is harder to guess."""
+    known, pool = operator.A(torch.ones_like(operator.pinv(y)))[:, :1], nn.functional.max_pool2d
+    missing, side = 1 - known, 0
+    while missing.any():                                                                 # peel the hole: how deep is it?
+        missing, side = -pool(-missing, 3, 1, 1), side + 1
+    beside = known * pool(1 - known, 2 * side + 1, 1, side)
+    places = (-pool(-beside, side, 1)).nonzero() if 5 < side <= min(y.shape[-2:]) else []         # where a whole square fits
+    if not len(places):
+        return (torch.rand(1, 1, *y.shape[-2:], generator=generator) < 0.05).float().to(y.device) * known
+    unseen = torch.zeros_like(known)
+    for k in torch.randperm(len(places), generator=generator)[:max(2, round(0.05 * known.numel() / side ** 2))]:
+        i, j = places[k][-2:]
+        unseen[..., i:i + side, j:j + side] = 1
+    return unseen
+
+
+def kept_error(picture: Tensor, y: Tensor, operator: dip.Operator, unseen: Tensor) -> float:
+    """The mean squared error of a picture on the measurements kept back."""
+    return ((operator.A(picture) - y).square() * unseen).sum().item() / max(1.0, unseen.expand_as(y).sum().item())
+
+
+def together(a: float, b: float) -> float:
+    """The squared error of two pictures fused by inverse variance (`lean_on`), if theirs are `a` and `b` and independent."""
+    return a * b / (a + b)
+
+
 Refine = Callable[[Tensor, int], Tensor]
 
 
@@ -244,27 +272,43 @@ def hand_over(f: Tensor, denoise: Callable, s: ddpm.Schedule, t: int, steps: int
 
 def guided_fit(y: Tensor, A: Callable, net: nn.Module, z: Tensor, steps: int, generator: torch.Generator, denoise: Callable, s: ddpm.Schedule, *,
                weight: Callable[[int], float], ts: Callable[[float], int], noise: torch.Generator, refresh: int = 5, evaluations: int = 1,
-               begin: int = 0, follow: float = 0.9, **options) -> Iterator[dip.Step]:
-    """min_θ mean (A f_θ(z) − y)² + weight(t) mean (f_θ(z) − sg[x̂₀])²: DIP whose images are also pulled to where the model sees them.
+               begin: int = 0, floor: float = 0.0, guess: Callable[[Tensor, int], Tensor] | None = None, follow: float = 0.9, average: float = 0.99,
+               **options) -> Iterator[dip.Step]:
+    """min_θ max(mean (A f_θ(z) − y)², floor) + weight(t) mean (f_θ(z) − sg[x̂₀])²: DIP whose images are also pulled to where the model sees them.
 
     At update i the chain is at the step t = ts(i / steps). Every `refresh` updates a running average of the images (decay `follow`)
     is handed over: diffused to t with noise from `noise` and taken back by `evaluations` steps of DDIM, to x̂₀. The first `begin`
     updates are plain DIP. No gradient goes through the model, so a fit costs at most ⌈(steps − begin) / refresh⌉ times
     `evaluations`. With one evaluation this is RED-diff (Mardani et al. 2024) with a network's images in place of free pixels, as in
-    DeepRED (Mataev, Elad & Milanfar 2019) with a diffusion model as the denoiser. `options` go to dip.fit, whose Steps it yields;
-    with weight 0 it is dip.fit.
+    DeepRED (Mataev, Elad & Milanfar 2019) with a diffusion model as the denoiser.
+
+    floor: the misfit of the truth, σ² for noise σ: data that are met so well have nothing left to say (Morozov's discrepancy
+    principle, as a constraint and not as a stop). From the first update below it all images count alike in the average.
+    guess(running average, t): another way to x̂₀, such as what the model makes of a noisy y, which is a state of the chain itself.
+    `options` go to dip.fit, whose Steps it yields; with weight 0 and floor 0 it is dip.fit.
     """
-    mean, target, w = None, None, 0.0
+    mean, target, w, settled, count, last = None, None, 0.0, None, 1 / (1 - average), 0
+
+    def restart(image: Tensor, t: int) -> Tensor:
+        *_, end = hand_over(image, denoise, s, t, evaluations, noise)
+        return ddpm.to_image(end.x)
 
     def penalty(image: Tensor, i: int) -> Tensor:
-        nonlocal mean, target, w
-        mean = image.detach() if mean is None else torch.lerp(mean, image.detach(), (1 - follow) / (1 - follow ** i))
+        nonlocal mean, target, w, last
+        mean, last = image.detach() if mean is None else torch.lerp(mean, image.detach(), (1 - follow) / (1 - follow ** i)), i
+        slack = (floor - (A(image) - y).square().mean()).clamp(min=0) if floor else image.new_zeros(())
         if i <= begin:
-            return image.new_zeros(())
+            return slack
         if target is None or (i - 1 - begin) % refresh == 0:
             t = ts(i / steps)
             with torch.no_grad():
-                *_, last = hand_over(mean, denoise, s, t, evaluations, noise)
-            target, w = ddpm.to_image(last.x), weight(t)
-        return w * (image - target).square().mean()
-    yield from dip.fit(y, A, net, z, steps, generator, penalty=penalty, **options)
+                target, w = (guess or restart)(mean, t), weight(t)
+        return slack + w * (image - target).square().mean()
+
+    for step in dip.fit(y, A, net, z, steps, generator, penalty=penalty, average=average, **options):
+        if settled is not None and last == step.i:                                          # not where dip.fit has just stepped back
+            count += 1
+            settled = torch.lerp(settled, step.image, 1 / count)
+        elif settled is None and step.misfit <= floor:
+            settled = step.average
+        yield step if settled is None else step._replace(average=settled)

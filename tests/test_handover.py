@@ -444,6 +444,47 @@ def test_updates_before_the_first_guess_are_plain_dip():
     assert [torch.equal(a.image, b.image) for a, b in zip(ours, theirs)] == 6 * [True] + 6 * [False]                    # images are those before the update
 
 
+def test_data_met_better_than_their_noise_have_nothing_left_to_say():
+    """Below the floor the loss is flat: without guidance the network stands still from the first update on; above it nothing changes."""
+    y, (net, z) = torch.rand(1, 3, 16, 16, generator=gen(1)), small()
+    before = {n: w.clone() for n, w in net.state_dict().items() if "running" not in n and "num" not in n}
+    *_, last = guided(y, lambda x: x, net, z, 8, gaussian(SCHEDULE), w=0.0, floor=10.0)
+    assert last.misfit < 10 and all(torch.equal(w, net.state_dict()[n]) for n, w in before.items())
+    ours, theirs = guided(y, lambda x: x, *small(), 12, gaussian(SCHEDULE), w=0.0, floor=1e-6), dip.fit(y, lambda x: x, *small(), 12, gen(5))
+    assert all(torch.equal(a.image, b.image) and torch.equal(a.average, b.average) for a, b in zip(ours, theirs))
+
+
+@pytest.mark.parametrize("floor, w", [(0.01, 0.2), (0.04, 0.2), (0.01, 2.0), (0.3, 0.5)])
+def test_with_a_floor_free_pixels_end_between_the_guess_and_the_edge_of_the_noise(floor, w):
+    """y + s (c − y) with s = min(1, max(w / (1 + w), √floor / |c − y|)) for a guess c (REPORT, section 1.6): never y, however long it takes."""
+    y, c = torch.rand(2, 1, 1, 16, 16, generator=gen(1))
+    steps = list(guided(y, lambda x: x, Pixels(0.5 + 0 * y), torch.zeros(1), 1500, lambda xt, t: ddpm.to_diffusion(c), w=w, floor=floor, lr=0.003))
+    settled = sum(step.image for step in steps[-500:]) / 500
+    share = min(1, max(w / (1 + w), math.sqrt(floor / (c - y).square().mean().item())))
+    assert (settled - (y + share * (c - y))).square().mean().sqrt().item() < 0.01
+    *_, alone = guided(y, lambda x: x, Pixels(0.5 + 0 * y), torch.zeros(1), 400, gaussian(SCHEDULE), w=0.0, floor=floor, lr=0.003)
+    assert 0.7 * min(floor, 1 / 12) < alone.misfit <= floor                                         # without a guess: at the floor, or where it began
+
+
+@pytest.mark.parametrize("average", [0.9, 0.98])
+def test_from_the_floor_on_all_images_count_alike(average):
+    """The running average up to there stands for the 1 / (1 − average) images that it is of; an image that dip.fit throws away counts for nothing."""
+    class Jump(Pixels):
+        calls = 0
+
+        def forward(self, z):
+            self.calls += 1
+            return self.image + 0.001 * self.calls + (100.0 if self.calls == 55 else 0.0)
+    y = torch.rand(1, 1, 8, 8, generator=gen(1))
+    plain = list(dip.fit(y, lambda x: x, Jump(0.5 + 0 * y), torch.zeros(1), 20, gen(5), average=average))
+    steps = list(guided(y, lambda x: x, Jump(0.5 + 0 * y), torch.zeros(1), 60, gaussian(SCHEDULE), w=0.0, floor=0.05, average=average))
+    first = next(k for k, step in enumerate(steps) if step.misfit <= 0.05)
+    assert 3 < first < 19 and all(torch.equal(a.average, b.average) for a, b in zip(plain[:first + 1], steps))
+    window, images = 1 / (1 - average), [step.image for k, step in enumerate(steps) if k > first and k != 54]
+    expected = (window * plain[first].average + sum(images)) / (window + len(images))
+    assert steps[54].misfit > 1000 and torch.allclose(steps[-1].average, expected, atol=1e-5)
+
+
 def test_a_collapse_where_the_first_guess_is_due_only_delays_it():
     """dip.fit does not ask for the penalty in an update that restores older weights."""
     class Jump(Pixels):

@@ -116,7 +116,7 @@ def test_what_enters_the_chain_does_not_depend_on_the_scores(tiny_model, monkeyp
     seen, blind = blinded(run, monkeypatch, ("psnr", "ssim"))
     rows, again = (r["rows"]["coffee-left"] for r in (seen, blind))
     assert [r["psnr"] for r in again] == [0] * 9 and all(r["psnr"] > 0 for r in rows) and [r["t"] for r in rows] == [r["t"] for r in again]
-    assert [r["evaluations"] for r in rows] == [2, 4, 2, 2, 2, 2, 2, 2, 2] and [r["updates"] for r in rows] == [4 + 2 * 3, 4, 0, 0, 0, 0, 4 + 2 * 3, 2 * 3, 0]
+    assert [r["evaluations"] for r in rows] == [2, 4, 2, 2, 2, 2, 2, 2, 2] and [r["updates"] for r in rows] == [4 + 2 * 3, 4, 0, 0, 0, 4, 4 + 2 * 3, 2 * 3, 0]
     inside, untrained = (seen["pictures"]["coffee-left"][f"entry {k}"] for k in (6, 7))
     assert not (inside == untrained).all()
     assert rows[-1]["t"] == 1000 and rows[1]["diversity"] > 0 == rows[0]["diversity"]
@@ -126,6 +126,38 @@ def test_what_enters_the_chain_does_not_depend_on_the_scores(tiny_model, monkeyp
     assert (operator.A(seen["pictures"]["coffee-left"]["entry 0"] / 255) - y).abs().mean() < 0.02                 # but for clipping and rounding
 
 
+@pytest.mark.parametrize("error", [1e-9, 1.0])
+def test_a_second_opinion_leads_hybrid_two_as_far_as_it_is_to_be_believed(tiny_model, monkeypatch, error):
+    opinion = torch.full((1, 3, 32, 32), 0.25)
+    monkeypatch.setattr(experiments, "second_opinion", lambda y, operator, unseen: (experiments.projection(opinion, y, operator), error))
+    entries = tuple(experiments.Entry(steps=2, refits=refits, second=second) for refits, second in ((2, True), (2, False), (0, True)))
+    run = experiments.Enter(("coffee-left",), "random80", tiny_model, entries, size=32, widths=(4, 4))
+    found, schedule = run.execute(lambda *_: None), tiny_model.denoiser()[1]
+    fused, alone, plain = found["rows"]["coffee-left"]
+    assert fused["t"] == hybrid.enter_step(schedule, hybrid.together(fused["held_out"], error), experiments.KAPPA)
+    assert alone["t"] == plain["t"] == hybrid.enter_step(schedule, alone["held_out"], experiments.KAPPA)
+    clean, y, operator, _ = run.measured("coffee-left")
+    known = operator.A(torch.ones_like(clean))
+    off = [(found["pictures"]["coffee-left"][f"entry {k}"] / 255 - experiments.projection(opinion, y, operator))[known == 0].abs().mean().item() for k in range(3)]
+    assert off[0] < 0.01 < 0.05 < min(off[1:]) if error < 1e-6 else off[0] > 0.05
+    guess = experiments.score((experiments.projection(opinion, y, operator)), clean)["psnr"]
+    assert fused["fused_psnr"] == pytest.approx(guess if error < 1e-6 else fused["f_psnr"], abs=0.05 if error < 1e-6 else 1.0)
+
+
+@pytest.mark.parametrize("task, asks, evaluations", [("denoise25", "y", 1), ("denoise25", "fit", 8), ("block", "y", 8)])
+def test_the_settings_of_a_guided_fit(tiny_model, task, asks, evaluations):
+    run, (denoise, schedule) = experiments.Guided("coffee-left", task, 90, tiny_model, asks=asks), tiny_model.denoiser()
+    sigma = experiments.TASKS[task] / 255
+    found = run.options(torch.rand(1, 3, 8, 8), denoise, schedule, sigma, torch.Generator())
+    unit, levels = ddpm.step_of(schedule, sigma) if sigma else experiments.NOISE_FREE["t"], ddpm.noise_level(schedule)
+    ends = (unit, unit if asks == "y" and sigma else round(unit / 3))
+    strength = experiments.STRENGTH[asks] if sigma else experiments.NOISE_FREE["strength"]
+    assert (found["ts"](0.0), found["ts"](1.0)) == ends and found["floor"] == sigma ** 2 and found["evaluations"] == evaluations
+    for t in ends:
+        assert found["weight"](t) == pytest.approx(strength * ((sigma / levels[t].item()) ** 2 if sigma else 1))
+    assert found["refresh"] == (90 if asks == "y" and sigma else 40) and found["begin"] == (0 if sigma else 30) and bool(found["guess"]) == (asks == "y" and sigma > 0)
+
+
 def test_another_start_sees_the_same_measurement(tiny_model):
     first, second = (experiments.Enter(("coffee-left",), "random80", tiny_model, (experiments.Entry(after=3, steps=1, refits=1),), size=32, widths=(4, 4), start=n)
                      for n in (0, 1))
@@ -133,18 +165,32 @@ def test_another_start_sees_the_same_measurement(tiny_model):
     assert (a["measured"] == b["measured"]).all() and not (a["entry 0"] == b["entry 0"]).all()
 
 
-@pytest.mark.parametrize("change", [{}, {"free": True}, {"prior": "tv"}, {"prior": "nlm", "order": "random"}, {"refresh": 2, "evaluations": 3, "begin": 3}, {"task": "superres4"}])
-def test_what_a_guided_fit_delivers_does_not_depend_on_the_scores(tiny_model, monkeypatch, change):
+@pytest.mark.parametrize("change, evaluations", [({}, 1), ({"free": True}, 1), ({"prior": "tv"}, 1), ({"evaluations": 4, "floor": 100.0}, 4), ({"task": "superres4"}, 8),
+    ({"prior": "nlm", "order": "random", "asks": "fit"}, 8), ({"asks": "fit", "refresh": 2, "evaluations": 3, "begin": 3}, 6)])
+def test_what_a_guided_fit_delivers_does_not_depend_on_the_scores(tiny_model, monkeypatch, change, evaluations):
     run = experiments.Guided(**{"photo": "coffee-left", "task": "denoise25", "steps": 6, "model": tiny_model, "size": 32} | change)
     seen, blind = blinded(run, monkeypatch, ("psnr", "ssim"))
-    assert blind["curve"].abs().max() == 0 < seen["curve"].min() and seen["evaluations"] == (6 if run.refresh == 2 else 8)
+    assert blind["curve"].abs().max() == 0 < seen["curve"].min() and seen["evaluations"] == evaluations
     assert all((picture == blind["pictures"][name]).all() for name, picture in seen["pictures"].items())
 
 
 def test_a_guided_fit_without_strength_is_the_plain_fit_of_the_same_photo(tiny_model):
-    guided = experiments.Guided("coffee-left", "denoise25", 6, tiny_model, strength=0.0, size=32).execute(lambda *a: None)
+    guided = experiments.Guided("coffee-left", "denoise25", 6, tiny_model, strength=0.0, floor=0.0, size=32).execute(lambda *a: None)
     plain = experiments.Fit("coffee-left", "denoise25", 6, size=32).execute(lambda *a: None)
     assert torch.equal(guided["pictures"]["last"], plain["pictures"]["last"])
+
+
+def test_a_model_that_is_asked_about_the_noisy_photo_is_one_fixed_picture(tiny_model):
+    """The fit is then plain DIP with the further term λ (σ/σ_t)² mean (f − D(y))², bit for bit, where the floor is not reached."""
+    run = experiments.Guided("coffee-left", "denoise25", 6, tiny_model, strength=3.0, size=32)
+    y, _ = experiments.measure("denoise25", experiments.photo_named("coffee-left", 32), run.generator("coffee-left/denoise25"))
+    denoise, schedule = tiny_model.denoiser()
+    picture, level = ddpm.denoise_photo(denoise, schedule, y, 25 / 255), ddpm.noise_level(schedule)[ddpm.step_of(schedule, 25 / 255)].item()
+    network, z = experiments.fresh_dip(start := run.generator("coffee-left/denoise25/start 0"), (32, 32))
+    *_, last = dip.fit(y, lambda x: x, network, z, 6, start, amp=experiments.AMP,
+                       penalty=lambda image, i: 3 * (25 / 255 / level) ** 2 * (image - picture).square().mean())
+    got = run.execute(lambda *_: None)
+    assert torch.equal(got["pictures"]["last"], experiments.to_bytes(last.average)) and got["evaluations"] == 1
 
 
 def test_the_blend_of_a_pair_and_the_model_does_not_depend_on_the_scores(tiny_model, monkeypatch):
