@@ -1767,7 +1767,7 @@ class Entrance:
                 "diffusion alone, 50 steps, η = 0": Entry("noise", steps=50, refits=0)}
     NETWORKS = {"width 16": (16,) * 4, "3 scales": (32,) * 3}
     LONG = {"hybrid II": Entry()} | {f"diffusion alone, {k} steps": Entry("noise", steps=k, eta=0.85, refits=0) for k in (100, 300)}     # timed together
-    CATS = ("bigblock", "random80", "superres4")
+    CATS = ("block", "bigblock", "random80", "superres4")
     CAT_WAYS = ("hybrid II", "plain restart", "restart from A⁺y", "restart from interpolation", "diffusion alone, 10 steps", "diffusion alone, 50 steps")
 
     def __init__(self, scale: Scale):
@@ -1789,7 +1789,8 @@ class Entrance:
                       for task in self.TASKS for view in views(s.test)}
         self.films = {task: Film(self.main[task, four[0]]) for task in ("block", "superres4")}
         self.noisy = {k: Diffuse(run, photos) for k, run in stop.main.items() if k[0] != "denoise15" and k[2] == 0}
-        self.noisy |= {("cats", i, 0): Diffuse(Staged(f"cat-{i}", "denoise25", s.fit["denoise25"], size=32, watch=False), cats) for i in range(cats_at(s))}
+        self.noisy |= {(f"cats{level}", i, 0): Diffuse(Staged(f"cat-{i}", f"denoise{level}", s.fit[f"denoise{level}"], size=32, watch=False), cats)
+                       for level in (25, 50) for i in range(cats_at(s))}
 
     @property
     def runs(self) -> list[Run]:
@@ -1855,7 +1856,7 @@ class Entrance:
                 needed = {n: min((k for k, p in way.items() if p >= goal), default=10 ** 6) for n, way in ways.items()}
                 reaches[f"{task}_{slug(label)}"] = {"goal": goal, **needed}
                 reach_lines.append([task, label, f"{goal:.2f}", *("never" if k == 10 ** 6 else k for k in needed.values())])
-        long, long_lines = {}, []                                                                # diffusion alone with as many seconds
+        long, long_lines = {}, []                                                        # diffusion alone with as many seconds
         for task in self.TASKS:
             found = {v: dict(zip(self.LONG, self.long[task, v].result()["rows"][v])) for v in wholes(self.scale)}
             for way in self.LONG:
@@ -1876,7 +1877,7 @@ class Entrance:
                 cat_lines.append([task, way, f"{of[0]['evaluations']}", show(entry["psnr"]), show(entry["better"]) if k else "", f"{entry['fidelity']:.3f}", f"{entry['frechet']:.1f}",
                                   f"{100 * entry['entropy_least']:.0f} %", f"{entry['seconds']:.1f}"])
         noisy, noisy_lines = {}, []
-        for task in ("denoise25", "denoise50", "cats"):
+        for task in ("denoise25", "denoise50", "cats25", "cats50"):
             runs = {k: run.result()["rows"] for k, run in self.noisy.items() if k[0] == task}
             pair = {k: self.noisy[k].staged.result()["psnr"] for k in runs}
             noisy[task] = {slug(n): interval(r[n]["psnr"] for r in runs.values()) | {"gain": interval(r[n]["psnr"] - pair[k] for k, r in runs.items())} for n in next(iter(runs.values()))}
@@ -1904,11 +1905,8 @@ class Entrance:
         return {"pictures": self.pictures, "cost": lambda: self.cost(values), "maps": self.maps, "film": self.film}
 
     def film(self):
-        rows = []
-        for task, run in self.films.items():
-            for label, strip in run.result()["strips"].items():
-                rows.append([(picture[None], f"{label if i == 0 else ''}\nt = {t}: {psnr:.1f} dB") for i, (t, picture, psnr) in enumerate(zip(strip["t"], strip["pictures"], strip["psnr"]))])
-        return panels(rows)
+        return panels([[(picture[None], f"{label if i == 0 else ''}\nt = {t}: {psnr:.1f} dB") for i, (t, picture, psnr) in enumerate(zip(strip["t"], strip["pictures"], strip["psnr"]))]
+                       for run in self.films.values() for label, strip in run.result()["strips"].items()])
 
     def pictures(self):
         columns = []
@@ -1932,8 +1930,10 @@ class Entrance:
                     per_step = np.mean([r.result()["seconds"] / r.steps for r in runs])
                     ax.plot([per_step * i for i in (*kept, runs[0].steps)], [np.mean([agreeing(r, i)["psnr"] for r in runs]) for i in (*kept, "last")], "k.-", lw=1, label="DIP alone, if stopped there")
                 else:
-                    ax.axhline(found["dip"]["mean"], color="k", lw=1, label="DIP alone, honest stop")
+                    ax.axhline(found["dip"]["mean"], color="k", lw=1)
+                ax.axhline(found["interpolation_itself_no_network"]["psnr"]["mean"], color="C4", ls=":", label="interpolation itself")
                 ax.set(xscale="log", xlabel="network evaluations" if unit == "evaluations" else "seconds, DIP's included", title=task)
+                ax.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         axes[0, 0].set_ylabel("PSNR, dB"), axes[1, 0].set_ylabel("PSNR, dB")
         figure.legend(*axes[1, 3].get_legend_handles_labels(), loc="outside right center", fontsize=8)
         return figure
