@@ -2627,7 +2627,7 @@ def restore_dip(y, operator, task, shape, steps) -> Tensor:
     """DIP, stopped by held-out measurements: of all rules here the one that needs neither the truth nor the noise level."""
     steps, generator = steps or 2000, torch.Generator().manual_seed(0)
     net, z = cropped_dip(generator, shape, y.shape[1])
-    unseen = hybrid.kept_back(y, operator, generator)
+    unseen = hybrid.kept_back(y, operator, generator, squares=False)
     rule = dip.HeldOut(y, operator.A, unseen)
     fit = dip.fit(y * (1 - unseen), lambda x: operator.A(x) * (1 - unseen), net, z, steps, generator, amp=AMP)
     for step in (bar := tqdm(fit, total=steps, desc=f"DIP, {task}")):

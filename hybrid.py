@@ -1,7 +1,7 @@
 """Diffusion and deep image prior together: what each can do for the other.
 
-Read in order: noise stages that tell DIP when to stop → DIP as the entrance to the reverse process → a diffusion model that
-keeps DIP from forgetting.
+Read in order: noise stages that tell DIP when to stop → DIP as the entrance to the reverse process → a diffusion model in
+DIP's loss.
 
 Notation (besides that of ddpm.py and dip.py)
     y = x + n     a noisy photo, n ~ N(0, σ² I): already a state of the forward process, at the step whose σ_t is σ
@@ -178,19 +178,24 @@ def enter_step(s: ddpm.Schedule, error: float, kappa: float = 1.0) -> int:
     return ddpm.step_of(s, kappa * math.sqrt(max(error, 0.0)))
 
 
-def kept_back(y: Tensor, operator: dip.Operator, generator: torch.Generator) -> Tensor:
-    """1 for the measurements that a fit is not to see, about a twentieth of all, (1, 1, h, w): scattered ones, or, where a hole is more
-    than ten pixels wide, a few squares beside it that are half as wide. What is far from all that is known is harder to guess."""
+def kept_back(y: Tensor, operator: dip.Operator, generator: torch.Generator, squares: bool = True) -> Tensor:
+    """1 for the measurements that a fit is not to see, (1, 1, h, w): about a twentieth, scattered; or, with `squares` and where a hole is
+    more than ten pixels wide, two or more squares beside it, as wide as the hole is deep, a tenth of all that is known at most. What is
+    far from all that is known is harder to guess. At least one measurement is kept back."""
     known, pool = operator.A(torch.ones_like(operator.pinv(y)))[:, :1], nn.functional.max_pool2d
-    missing, side = 1 - known, 0
-    while missing.any():                                                                 # peel the hole: how deep is it?
+    missing, side, places = (known < 0.5).float(), 0, []
+    while squares and missing.any():                                                     # peel the hole: how deep is it?
         missing, side = -pool(-missing, 3, 1, 1), side + 1
-    beside = known * pool(1 - known, 2 * side + 1, 1, side)
-    places = (-pool(-beside, side, 1)).nonzero() if 5 < side <= min(y.shape[-2:]) else []         # where a whole square fits
+    side = min(side, int(math.sqrt(0.05 * known.sum().item())))
+    if 5 < side <= min(y.shape[-2:]):
+        beside = known * pool(1 - known, 2 * side + 1, 1, side)
+        places = (-pool(-beside, side, 1)).nonzero()                                      # where a whole square fits
     if not len(places):
-        return (torch.rand(1, 1, *y.shape[-2:], generator=generator) < 0.05).float().to(y.device) * known
+        unseen = (torch.rand(1, 1, *y.shape[-2:], generator=generator) < 0.05).float().to(y.device) * known
+        unseen.view(-1)[known.argmax()] = max(unseen.view(-1)[known.argmax()], float(not unseen.any()))
+        return unseen
     unseen = torch.zeros_like(known)
-    for k in torch.randperm(len(places), generator=generator)[:max(2, round(0.05 * known.numel() / side ** 2))]:
+    for k in torch.randperm(len(places), generator=generator)[:max(2, round(0.05 * known.sum().item() / side ** 2))]:
         i, j = places[k][-2:]
         unseen[..., i:i + side, j:j + side] = 1
     return unseen
@@ -268,7 +273,7 @@ def hand_over(f: Tensor, denoise: Callable, s: ddpm.Schedule, t: int, steps: int
     yield from ddpm.ddim(denoise, s, x, steps, generator, eta, t_start=t, refine=refine)
 
 
-# -------------------------------------------------------------------- a diffusion model that keeps DIP from forgetting
+# ------------------------------------------------------------------------------------ a diffusion model in DIP's loss
 
 def guided_fit(y: Tensor, A: Callable, net: nn.Module, z: Tensor, steps: int, generator: torch.Generator, denoise: Callable, s: ddpm.Schedule, *,
                weight: Callable[[int], float], ts: Callable[[float], int], noise: torch.Generator, refresh: int = 5, evaluations: int = 1,
@@ -309,6 +314,6 @@ def guided_fit(y: Tensor, A: Callable, net: nn.Module, z: Tensor, steps: int, ge
         if settled is not None and last == step.i:                                          # not where dip.fit has just stepped back
             count += 1
             settled = torch.lerp(settled, step.image, 1 / count)
-        elif settled is None and step.misfit <= floor:
+        elif settled is None and floor and step.misfit <= floor:
             settled = step.average
         yield step if settled is None else step._replace(average=settled)

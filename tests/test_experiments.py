@@ -526,6 +526,28 @@ def test_beside_a_wide_hole_squares_half_as_wide_are_kept_back(h, w, deep, seed)
     assert not torch.equal(unseen, E.hybrid.kept_back(known, E.dip.mask(known), torch.Generator().manual_seed(seed + 7)))
 
 
+@pytest.mark.parametrize("rows, columns", [((0, 96), (0, 96)), ((0, 96), (100, 192)), ((0, 60), (0, 90)), ((20, 96), (70, 192)), ((5, 94), (5, 190))])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_hole_at_the_border_does_not_hide_everything(rows, columns, seed):
+    known = torch.ones(1, 1, 96, 192)
+    known[..., slice(*rows), slice(*columns)] = 0
+    unseen = E.hybrid.kept_back(known, E.dip.mask(known), torch.Generator().manual_seed(seed))
+    assert unseen.any() and not (unseen * (1 - known)).any() and unseen.sum() <= 0.11 * known.sum() + 1
+    picture, error = E.second_opinion(known.expand(-1, 3, -1, -1) * 0.5, E.dip.mask(known), unseen)
+    assert abs(picture - 0.5).max() < 0.01 and error < 1e-6
+
+
+def test_something_is_always_kept_back_and_scattered_where_that_is_wanted():
+    known = torch.zeros(1, 1, 32, 32)
+    known[..., 3, 4] = 1
+    assert E.hybrid.kept_back(known, E.dip.mask(known), torch.Generator().manual_seed(0)).sum() == 1
+    known[..., 10:] = 1
+    loose = [E.hybrid.kept_back(known, E.dip.mask(known), torch.Generator().manual_seed(0), squares=False), (torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(0)) < 0.05) * known]
+    assert torch.equal(*loose)
+    blurred = E.dip.Operator(lambda x: x * (1 - 1e-7), lambda y: y)                                                        # A(1) is not quite 1 everywhere
+    assert 0.02 < E.hybrid.kept_back(torch.rand(1, 3, 64, 64), blurred, torch.Generator().manual_seed(0)).mean() < 0.08
+
+
 def test_small_holes_keep_back_single_measurements():
     known = torch.ones(1, 1, 96, 96)
     known[..., 20:30, 30:40] = 0                                                                                # five deep
