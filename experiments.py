@@ -2171,10 +2171,10 @@ class Final:
 
     def with_interpolation(self, key: tuple, share: float) -> dict:
         """The same of interpolation, with a share of DIP alone at its honest stop."""
-        run, began = self.plain[key], time.perf_counter()
-        fill = classical_fill("fill", *measure(run.task, photo_named(run.photo, run.size), run.generator(f"{run.photo}/{run.task}")))
-        picture = keeping(run, share * run.result()["pictures"]["held_out"] / 255 + (1 - share) * fill) if share else keeping(run, fill)
-        return score(picture, photo_named(run.photo, run.size)) | {"seconds": time.perf_counter() - began + (DIP.outcome(run)["held_out"]["seconds"] if share else 0.0)}
+        run, clean, began = self.plain[key], photo_named(key[1], self.plain[key].size), time.perf_counter()
+        y, operator = measure(run.task, clean, run.generator(f"{run.photo}/{run.task}"))
+        picture = projection(share * run.result()["pictures"]["held_out"] / 255 + (1 - share) * classical_fill("fill", y, operator), y, operator)
+        return score(picture, clean) | {"seconds": time.perf_counter() - began + (DIP.outcome(run)["held_out"]["seconds"] if share else 0.0)}
 
     def methods(self, task: str) -> dict:
         """Method → {(task, photo, seed): {psnr, ssim, seconds}}."""
