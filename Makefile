@@ -6,17 +6,19 @@ PY := .venv/bin/python
 .PHONY: help all quick test report figures bench restore train clean
 
 help:
-	@echo "make all      compute every experiment, figure and REPORT.md (about three hours on 2 cores;"
+	@echo "make all      compute every experiment, figure and REPORT.md (about an hour on 2 cores;"
 	@echo "              interrupt it when you like: the next 'make all' goes on; a second one does nothing)"
+	@echo "              REUSE=1 trusts the records in out/ whose code and settings have not changed"
 	@echo "make quick    the same road on tiny budgets, into out-quick/ (minutes; its numbers mean nothing)"
 	@echo "make test     prove that the mathematics is right"
-	@echo "make report   render REPORT.md from the results in out/, without computing"
-	@echo "make figures  draw the figures again from the runs in .cache/"
+	@echo "make report   render REPORT.md and out/TABLES.md from the records in out/, without computing"
+	@echo "make figures  draw the figures again from the jobs in .cache/"
 	@echo "make bench    where the time goes on this machine"
 	@echo "make restore IMAGE=photo.jpg TASK=denoise|inpaint|superres [SIGMA=25] [MASK=mask.png] [FACTOR=2]"
-	@echo "             [METHOD=dip|ddpm|staged|blend|handover|guided] [SAMPLES=4] [OUT=result.png]     restore a photo of yours"
-	@echo "make train IMAGES=folder [TRAIN_STEPS=1400] [OUT=samples.png]     a diffusion model of your own images;"
-	@echo "             then 'make restore … METHOD=ddpm IMAGES=folder' uses it"
+	@echo "             [METHOD=dip] [SAMPLES=4] [OUT=result.png]     restore a photo of yours;"
+	@echo "             a METHOD that does not exist is answered with the list of those that do"
+	@echo "make train IMAGES=folder [TRAIN_STEPS=1250] [OUT=samples.png]     a diffusion model of your own images;"
+	@echo "             then 'make restore … METHOD=diffusion IMAGES=folder' uses it"
 	@echo "make clean    forget the cache and the quick results (out/ stays)"
 	@echo "Variables: PYTHON=$(PYTHON) (3.10 to 3.13), JOBS=number of processes (default: one per core)"
 
@@ -26,7 +28,7 @@ help:
 	@touch $@
 
 all: .venv/ready
-	$(PY) experiments.py all $(if $(JOBS),--jobs $(JOBS))
+	$(PY) experiments.py all $(if $(JOBS),--jobs $(JOBS)) $(if $(REUSE),--reuse)
 
 quick: .venv/ready
 	$(PY) experiments.py all --scale quick $(if $(JOBS),--jobs $(JOBS))

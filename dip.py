@@ -1,19 +1,21 @@
-"""Deep image prior: fit an untrained network to one damaged photo, and stop in time (Ulyanov, Vedaldi & Lempitsky 2018).
+"""Deep image prior: fit an untrained network to one damaged photo, and stop in time.
 
-A convolutional network finds natural images easily and noise only with effort. So fit its weights θ to the measurement y
-of an unknown image, min_θ ‖A f_θ(z) − y‖², from random weights and a fixed random input z: on the way to y the image
-f_θ(z) passes close to the truth. The catch is in "on the way": somebody has to say when.
+A convolutional network finds natural images easily and noise only with effort (Ulyanov, Vedaldi & Lempitsky
+2018). So fit its weights θ to the measurement y of an unknown image, min_θ ‖A f_θ(z) − y‖², from random
+weights and a fixed random input z. On the way to y the image f_θ(z) passes close to the truth: somebody has
+to say when.
 
-Read in order: operators (what A can be) → network → fitting loop → rules that say when.
+Read in order: problem and operators → network → fitting loop → stop rules → DIP as a method.
 
 Notation
     y = A x + n   the measurement of the image x; n is noise of standard deviation sigma
     A, A⁺         a linear operator and its pseudo-inverse
     z, f_θ(z)     the network's input and its output, the current image
-Images are float tensors (1, C, H, W) in [0, 1].
+    B, n          number of images of a problem, and of networks that are fitted together
+Images are float tensors (B, C, H, W) in [0, 1].
 """
 from collections import deque
-from typing import Callable, Iterator, NamedTuple, Optional
+from typing import Callable, Iterator, NamedTuple, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -21,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-# ------------------------------------------------------------------------------------------- linear operators
+# ------------------------------------------------------------------------------------- problem and operators
 
 class Operator(NamedTuple):
     """y = A(x); pinv(y) is the shortest image that A maps as close to y as can be (Moore–Penrose)."""
@@ -40,58 +42,125 @@ def mask(known: Tensor) -> Operator:
 
 
 def downsample(k: int) -> Operator:
-    """Super-resolution: means of k × k pixels are measured. A⁺ repeats each mean k × k times. H and W: multiples of k."""
+    """Super-resolution: means of k × k pixels. A⁺ repeats each mean k × k times. H and W: multiples of k."""
     return Operator(lambda x: F.avg_pool2d(x, k), lambda y: F.interpolate(y, scale_factor=k, mode="nearest"))
 
 
-def blur(sigma: float, shape: tuple[int, int], floor: float = 1e-3) -> Operator:
-    """Deblurring: a Gaussian of `sigma` pixels on the torus of `shape` (H, W); frequencies weaker than `floor` are lost."""
-    rows, columns = torch.fft.fftfreq(shape[0]), torch.fft.rfftfreq(shape[1])
-    gain = torch.exp(-2 * (torch.pi * sigma) ** 2 * (rows[:, None] ** 2 + columns ** 2))
-    gain = gain * (gain > floor)
-    inverse = torch.where(gain > 0, 1 / gain, 0)
-    def filtered(response):
-        return lambda x: torch.fft.irfft2(torch.fft.rfft2(x) * response.to(x.device), s=shape)
-    return Operator(filtered(gain), filtered(inverse))
+class Problem(NamedTuple):
+    """All that a method may know of B images x, measured by one operator: y = A x + n, n ~ N(0, sigma² I)."""
+    y: Tensor
+    operator: Operator
+    sigma: float = 0.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, C, H, W) of the unknown x."""
+        return tuple(self.operator.pinv(self.y).shape)
+
+    @property
+    def known(self) -> Tensor:
+        """(1, 1, h, w): 1 where something was measured."""
+        measured = self.operator.A(torch.ones_like(self.operator.pinv(self.y[:1])))
+        return (measured[:, :1] > 0.5).float()
+
+    def each(self) -> list["Problem"]:
+        """The B problems of one image."""
+        return [self._replace(y=y[None]) for y in self.y]
+
+    def without(self, unseen: Tensor) -> "Problem":
+        """The same problem, blind to the measurements where `unseen` (1, 1, h, w) is 1."""
+        A, seen = self.operator.A, 1 - unseen
+        return self._replace(y=self.y * seen, operator=self.operator._replace(A=lambda x: A(x) * seen))
+
+    def consistent(self, x: Tensor) -> Tensor:
+        """x made to agree with the measurement, x + A⁺(y − A x); with noise, x itself."""
+        return x if self.sigma else x + self.operator.pinv(self.y - self.operator.A(x))
+
+    def error_on(self, unseen: Tensor, x: Tensor) -> list[float]:
+        """The mean squared error of each image of x on the measurements where `unseen` is 1."""
+        count = max(1.0, unseen.expand_as(self.y[:1]).sum().item())
+        return (((self.operator.A(x) - self.y).square() * unseen).sum((1, 2, 3)) / count).tolist()
 
 
-# ---------------------------------------------------------------------------------------------------- network
+class Restoration(NamedTuple):
+    """What a method would deliver now. A *method* is a generator: method(problem, tools, **settings) →
+    Restorations.
+
+    It yields after every update or step; its last word is the answer. Its tools are those that it names:
+    fresh (makes networks), generator (all random numbers), model, interpolate, experts (finished
+    Restorations).
+
+    image: (B, C, H, W). facts: name → a plain number, or a list of B numbers. now: the current image, where
+    that is not the one to be delivered. others: what else could be delivered. target: what was fitted, where
+    it is not y.
+    """
+    image: Tensor
+    facts: dict = {}
+    now: Optional[Tensor] = None
+    others: dict = {}
+    target: Optional[Tensor] = None
+
+
+# --------------------------------------------------------------------------------------------------- network
 
 class Hourglass(nn.Module):
-    """z (1, c_in, H, W) → image (1, c_out, H, W) in (0, 1): down by strides of 2, once per entry of `widths`, and up again.
+    """z (n, c_in, H, W) → images (n, c_out, H, W) in (0, 1): n independent networks that run as one.
 
-    widths: channels of each scale, finest first. skip: channels that cross over at each scale, 0 for none. upsample: an
-    interpolation mode, "bilinear" or "nearest". padding: "reflect" or "zeros". With widths = (128,) · 5 and the other
-    defaults this is the original's denoising network. H and W: multiples of 2^scales, and more than 2^scales.
+    Each goes down by strides of 2, once per entry of `widths`, and up again. widths: channels of each scale,
+    finest first. skip: channels that cross over at each scale, 0 for none. upsample: "bilinear" or
+    "nearest". padding: "reflect" or "zeros". copies: n. With widths = (128,) · 5 and the other defaults each
+    is the original's denoising network. Any size of at least 16: the input is padded to multiples of
+    2^scales, the output cut.
     """
 
     def __init__(self, c_in: int = 32, c_out: int = 3, widths: tuple = (128,) * 5, skip: int = 4,
-                 upsample: str = "bilinear", padding: str = "reflect"):
+                 upsample: str = "bilinear", padding: str = "reflect", copies: int = 1):
         super().__init__()
-        self.upsample = upsample
+        self.upsample, self.copies, self.multiple = upsample, copies, 2 ** len(widths)
+
+        # Grouped convolutions keep the copies apart; batch norm works on single channels anyway.
+        def conv(c, c_next, size, stride=1):
+            c, c_next = copies * c, copies * c_next
+            return nn.Conv2d(c, c_next, size, stride, size // 2, groups=copies, padding_mode=padding)
 
         def unit(c, c_next, size, stride=1):
-            return nn.Sequential(nn.Conv2d(c, c_next, size, stride, size // 2, padding_mode=padding),
-                                 nn.BatchNorm2d(c_next), nn.LeakyReLU(0.2, inplace=True))
+            return nn.Sequential(conv(c, c_next, size, stride), nn.BatchNorm2d(copies * c_next),
+                                 nn.LeakyReLU(0.2, inplace=True))
+
         above = (c_in, *widths[:-1])
         below = (*widths[1:], widths[-1])
-        self.down = nn.ModuleList(nn.Sequential(unit(a, w, 3, stride=2), unit(w, w, 3)) for a, w in zip(above, widths))
+        self.down = nn.ModuleList(nn.Sequential(unit(a, w, 3, stride=2), unit(w, w, 3))
+                                  for a, w in zip(above, widths))
         self.skip = nn.ModuleList(unit(a, skip, 1) for a in above) if skip else None
-        self.up = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(b + skip), unit(b + skip, w, 3), unit(w, w, 1))
-                                for b, w in zip(below, widths))
-        self.image = nn.Sequential(nn.Conv2d(widths[0], c_out, 1), nn.Sigmoid())
+        self.up = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(copies * (b + skip)), unit(b + skip, w, 3),
+                                              unit(w, w, 1)) for b, w in zip(below, widths))
+        self.image = nn.Sequential(conv(widths[0], c_out, 1), nn.Sigmoid())
 
     def forward(self, z: Tensor) -> Tensor:
-        inputs = [z]
+        height, width = z.shape[-2:]
+        bottom, right = (max(2 * self.multiple - side, -side % self.multiple) for side in (height, width))
+        x = F.pad(z, (0, right, 0, bottom), mode="replicate").flatten(0, 1)[None]
+        inputs = [x.contiguous(memory_format=torch.channels_last)]
         for down in self.down:
             inputs.append(down(inputs[-1]))
         x = inputs[-1]
         for i in reversed(range(len(self.up))):
             x = F.interpolate(x, scale_factor=2, mode=self.upsample)
             if self.skip:
-                x = torch.cat([self.skip[i](inputs[i]), x], dim=1)
+                x = self.join(self.skip[i](inputs[i]), x)
             x = self.up[i](x)
-        return self.image(x)
+        return self.image(x)[0].unflatten(0, (self.copies, -1))[..., :height, :width]
+
+    def join(self, a: Tensor, b: Tensor) -> Tensor:
+        """The channels of a and b side by side, copy by copy."""
+        pairs = zip(a.chunk(self.copies, 1), b.chunk(self.copies, 1))
+        return torch.cat([part for pair in pairs for part in pair], dim=1)
+
+    def load_copies(self, singles: Sequence["Hourglass"]) -> None:
+        """Take over the weights of n single networks: every tensor is theirs, one after another."""
+        states = [single.state_dict() for single in singles]
+        self.load_state_dict({name: torch.cat([state[name] for state in states]) if value.dim() else value
+                              for name, value in states[0].items()})
 
 
 def random_input(shape: tuple[int, int], generator: torch.Generator, channels: int = 32) -> Tensor:
@@ -99,52 +168,80 @@ def random_input(shape: tuple[int, int], generator: torch.Generator, channels: i
     return 0.1 * torch.rand(1, channels, *shape, generator=generator)
 
 
-# ----------------------------------------------------------------------------------------------- fitting loop
+# ---------------------------------------------------------------------------------------------- fitting loop
 
 class Step(NamedTuple):
-    """After an update: its number (from 1), the image before it, the average of the images so far, the data misfit."""
+    """After an update: its number (from 1), the images it saw, their running averages, the misfits (n,)."""
     i: int
     image: Tensor
     average: Tensor
-    misfit: float
+    misfit: Tensor
+
+    def split(self, count: int) -> list["Step"]:
+        """The n networks shared out among `count` problems, in order."""
+        parts = zip(*(tensor.chunk(count) for tensor in self[1:]))
+        return [Step(self.i, *part) for part in parts]
 
 
-def fit(y: Tensor, A: Callable[[Tensor], Tensor], net: nn.Module, z: Tensor, steps: int, generator: torch.Generator, *,
-        lr: float = 0.01, jitter: float = 1 / 30, average: float = 0.99, collapse: float = 3.0,
-        penalty: Optional[Callable[[Tensor, int], Tensor]] = None, amp: Optional[torch.dtype] = None) -> Iterator[Step]:
-    """min_θ mean (A f_θ(z) − y)² + penalty by Adam; yields after each of `steps` updates. The network is changed in place.
+def fit(y: Tensor, A: Callable[[Tensor], Tensor], net: nn.Module, z: Tensor, steps: int,
+        generator: torch.Generator, *, lr: float = 0.01, jitter: float = 1 / 30, decay: float = 0.99,
+        collapse: float = 3.0, floor: float = 0.0,
+        penalty: Optional[Callable[[Tensor, int], Tensor]] = None) -> Iterator[Step]:
+    """min_θ Σ max(mean (A f_θ(z) − y)², floor) + penalty by Adam; yields after each of `steps` updates.
 
-    jitter: standard deviation of fresh noise added to z at every step. average: decay of the running average of the images,
-    corrected for its short past as in Adam (Kingma & Ba 2015, Algorithm 1): else the first image would weigh average^i for long.
-    collapse: Adam at this rate sometimes falls off a cliff; where the misfit jumps to more than `collapse` times its
-    recent typical value, the weights from up to 50 steps before are restored, with a fresh optimiser. penalty(image, i): a
-    further term of the loss, a scalar.
+    y: n targets for the n networks of `net`, which are changed in place. jitter: standard deviation of fresh
+    noise on z. penalty(images, i): a further scalar in the loss. decay: of the running average of the
+    images, corrected for its short past as in Adam (Kingma & Ba 2015, Algorithm 1). floor: the misfit of the
+    truth, if known. Data met so well have no gradient any more, and from then on all images of that network
+    count alike in its average.
+
+    collapse: Adam at this rate sometimes falls off a cliff. Where a misfit jumps to more than `collapse`
+    times its recent typical value, that network and its optimiser go back to their state of up to 50 steps
+    before.
     """
     optimiser = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
-    mean, typical, good = None, None, None
+    n, mean, typical, good = len(y), None, None, None
+    count, settled = torch.zeros(n), torch.zeros(n, dtype=torch.bool)
     for i in range(1, steps + 1):
         noise = torch.randn(z.shape, generator=generator).to(z.device)
-        with torch.autocast(z.device.type, dtype=amp, enabled=amp is not None):
-            image = net(z + jitter * noise).float()
-        misfit = F.mse_loss(A(image), y)
-        value = misfit.item()
-        if good is not None and not value <= collapse * typical:                                 # "not ≤": NaN collapses too
-            net.load_state_dict(good)
-            optimiser = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
-        else:
-            typical = value if typical is None else 0.95 * typical + 0.05 * value
-            if i % 50 == 0:
-                good = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-            optimiser.zero_grad()
-            (misfit if penalty is None else misfit + penalty(image, i)).backward()
-            optimiser.step()
-            mean = image.detach() if mean is None else torch.lerp(mean, image.detach(), (1 - average) / (1 - average ** i))
-        yield Step(i, image.detach(), mean, value)
+        image = net(z + jitter * noise)
+        misfit = (A(image) - y).square().mean((1, 2, 3))
+        values = misfit.detach().cpu()
+        # Written as "not ≤", so that NaN is a collapse as well.
+        fallen = torch.zeros(n, dtype=torch.bool) if good is None else ~(values <= collapse * typical)
+        typical = values if typical is None else torch.where(fallen, typical, 0.95 * typical + 0.05 * values)
+        if i % 50 == 0 and not fallen.any():
+            good = typical, [tensor.clone() for tensor in _state(net, optimiser)]
+        loss = misfit.clamp(min=floor).sum()
+        if penalty is not None and not fallen.any():
+            loss = loss + penalty(image, i)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        if fallen.any():
+            # the weights of up to 50 steps before, with a fresh optimiser
+            for k, (tensor, kept) in enumerate(zip(_state(net, optimiser), good[1])):
+                weights = k < len(good[1]) // 3
+                tensor.unflatten(0, (n, -1))[fallen] = kept.unflatten(0, (n, -1))[fallen] if weights else 0.0
+        # The number of images that the average stands for; a collapsed image does not enter.
+        count = torch.where(fallen, count, torch.where(settled, count + 1, decay * count + 1))
+        seen, skipped = image.detach(), fallen.to(z.device).reshape(-1, 1, 1, 1)
+        weights = 1 / count.to(seen).reshape(-1, 1, 1, 1)
+        mean = seen if mean is None else torch.where(skipped, mean, torch.lerp(mean, seen, weights))
+        reached = (values <= floor) & ~settled & (floor > 0)
+        count, settled = torch.where(reached, 1 / (1 - decay), count), settled | reached
+        yield Step(i, seen, mean, values)
 
 
-# ----------------------------------------------------------------------------------- rules that say when to stop
-# A rule reads the stream of Steps: `rule(step)` returns True once it would stop, and `rule.best` is the step whose
-# image it would deliver. None of them sees anything but y and the images.
+def _state(net: nn.Module, optimiser: torch.optim.Adam) -> list[Tensor]:
+    """All that an update changes: the weights and Adam's two moments of each."""
+    moments = [optimiser.state[p][name] for p in net.parameters() for name in ("exp_avg", "exp_avg_sq")]
+    return [p.data for p in net.parameters()] + moments
+
+
+# ------------------------------------------------------------------------------- rules that say when to stop
+# A rule reads the Steps of one problem: `rule(step)` returns True once it would stop, `rule.best` is the step
+# whose image it would deliver (0: none yet), `rule.facts` what it knows about that image. No rule sees more.
 
 class FixedBudget:
     """Stop after n steps, whatever happens."""
@@ -155,6 +252,22 @@ class FixedBudget:
     def __call__(self, step: Step) -> bool:
         self.best = min(step.i, self.n)
         return step.i >= self.n
+
+
+class Discrepancy:
+    """Morozov's principle: stop when the misfit has fallen to tau · sigma², the noise that should be left
+    over.
+
+    The constant 1 suits single images. For the running average, tau = 0.92 was the best on development
+    photos.
+    """
+
+    def __init__(self, sigma: float, tau: float = 0.92):
+        self.threshold, self.best = tau * sigma ** 2, 0
+
+    def __call__(self, step: Step) -> bool:
+        self.best = step.i
+        return bool(step.misfit.mean() <= self.threshold)
 
 
 class Valley:
@@ -170,7 +283,9 @@ class Valley:
 
 
 class WindowedVariance(Valley):
-    """ES-WMV (Wang et al. 2021, arXiv 2112.06074): the variance of the last `window` images is least near the peak."""
+    """ES-WMV (Wang et al. 2021, arXiv 2112.06074): the variance of the last `window` images is least near
+    the peak.
+    """
 
     def __init__(self, window: int = 100, patience: int = 1000):
         super().__init__(patience)
@@ -204,28 +319,64 @@ class MovingVariance(Valley):
         return step.i > self.skip and self.record(step.i, self.variance)
 
 
-class Discrepancy:
-    """Morozov's principle: stop when the misfit has fallen to tau · sigma², the noise that should be left over."""
-
-    def __init__(self, sigma: float, tau: float = 1.0):
-        self.threshold, self.best = tau * sigma ** 2, 0
-
-    def __call__(self, step: Step) -> bool:
-        self.best = step.i
-        return step.misfit <= self.threshold
-
-
 class HeldOut(Valley):
-    """Stop where the error on measurements that the fit never saw is least (as in Noise2Self, Batson & Royer 2019).
+    """Stop where the error on measurements that the fit never saw is least (as in Noise2Self, Batson & Royer
+    2019).
 
-    y: all measurements; A: the full operator; unseen: 1 where a measurement was kept from the fit. The error is taken on
-    the running average, whose valley is smoother.
+    unseen: 1 for these. The error is taken on the running average, whose valley is smoother.
     """
 
-    def __init__(self, y: Tensor, A: Callable, unseen: Tensor, patience: int = 200):
+    def __init__(self, problem: Problem, unseen: Tensor, patience: int = 200):
         super().__init__(patience)
-        self.y, self.A, self.unseen, self.count = y, A, unseen, unseen.expand_as(y).sum().item()
+        self.problem, self.unseen = problem, unseen
 
     def __call__(self, step: Step) -> bool:
-        error = ((self.A(step.average) - self.y).square() * self.unseen).sum().item() / self.count
-        return self.record(step.i, error)
+        return self.record(step.i, self.problem.error_on(self.unseen, step.average)[0])
+
+
+# ------------------------------------------------------------------------------------------- DIP as a method
+
+def follow(problem: Problem, steps: Iterator[Step], rules: dict[str, list], *, watch: bool = False
+           ) -> Iterator[Restoration]:
+    """Deliver the images of a fit as stop rules say, problem by problem; networks of one problem are
+    averaged.
+
+    rules: name → a rule for each of the B problems; the first name is delivered, the rest go to `others`.
+    Ends when the first has stopped everywhere; watch: goes on for the others and for whoever keeps score.
+    """
+    B, offers = len(problem.y), {}
+    stops, images = ({name: [None] * B for name in rules} for _ in range(2))
+    for step in steps:
+        now = problem.consistent(step.average.unflatten(0, (B, -1)).mean(1))
+        for name, found in rules.items():
+            for b, (rule, view) in enumerate(zip(found, step.split(B))):
+                if not stops[name][b]:
+                    stops[name][b] = step.i if rule(view) else None
+                    images[name][b] = now[b] if rule.best in (0, step.i) else images[name][b]
+            facts = {fact: [rule.facts[fact] for rule in found] for fact in getattr(found[0], "facts", {})}
+            ends = [end or step.i for end in stops[name]]
+            facts |= {"step": [rule.best or step.i for rule in found], "stopped": ends}
+            facts |= {"updates": [end * len(step.image) // B for end in ends]}
+            offers[name] = Restoration(torch.stack(images[name]), facts)
+        first, *rest = rules
+        yield offers[first]._replace(now=now, others={name: offers[name] for name in rest})
+        if all(stops[first]) and not watch:
+            return
+
+
+def deep_image_prior(problem: Problem, fresh: Callable, generator: torch.Generator, *, steps: int = 0,
+                     unseen: Optional[Tensor] = None, rules: Optional[dict[str, Callable]] = None,
+                     watch: bool = False, **options) -> Iterator[Restoration]:
+    """Plain DIP; `options` go to `fit`.
+
+    With noise Morozov's principle stops it, within `steps` (default 2000) updates. Without noise it takes
+    `steps` updates, by default five for each pixel of the side. rules: name → (problem → rule), instead of
+    these. unseen: 1 for measurements that the fit is not to see (default: it sees all).
+    """
+    height, width = problem.shape[-2:]
+    steps = steps or (2000 if problem.sigma else round(5 * (height * width) ** 0.5))
+    own = (lambda p: Discrepancy(p.sigma)) if problem.sigma else (lambda p: FixedBudget(steps))
+    watching = {name: [make(p) for p in problem.each()] for name, make in (rules or {"": own}).items()}
+    seen = problem if unseen is None else problem.without(unseen)
+    fitted = fit(seen.y, seen.operator.A, *fresh(problem, generator), steps, generator, **options)
+    yield from follow(problem, fitted, watching, watch=watch)

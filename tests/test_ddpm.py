@@ -1,4 +1,5 @@
 """The diffusion's laws: schedules, closed forms, exact posteriors, and samplers fed with exact denoisers."""
+import io
 import math
 
 import pytest
@@ -16,322 +17,297 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def noise(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
+
+
 def last(chain):
     *_, state = chain
     return state
 
 
-# --------------------------------------------------------------------------------------------------- schedules
+# ------------------------------------------------------------------------------------------------- schedules
 
 @given(schedules)
-def test_a_schedule_falls_strictly_from_one_and_stays_positive(s):
-    assert s.alpha_bar[0] == 1 and s.beta[0] == 0 and s.alpha_bar.dtype == torch.float64 and len(s.beta) == s.T + 1
-    assert (s.alpha_bar.diff() < 0).all() and (s.alpha_bar > 0).all()
-    assert ((s.beta[1:] > 0) & (s.beta <= 0.9991)[1:]).all() and torch.equal(s.alpha, 1 - s.beta)
-    assert (ddpm.noise_level(s).diff() > 0).all()                                              # so SNR = 1/σ² falls
-    assert torch.allclose(s.alpha_bar, torch.cumprod(s.alpha, 0))
+def test_a_schedule_falls_strictly_from_one_stays_positive_and_finds_its_noise_levels(s):
+    assert s.alpha_bar[0] == 1 and s.beta[0] == 0 and torch.equal(s.alpha, 1 - s.beta)
+    assert s.alpha_bar.dtype == torch.float64 and len(s.alpha_bar) == len(s.beta) == s.T + 1
+    assert (s.alpha_bar.diff() < 0).all() and (s.alpha_bar > 0).all() and (s.beta <= 0.9991).all()
+    for t in {1, 2, (s.T + 1) // 2, s.T}:
+        assert ddpm.step_of(s, ddpm.noise_level(s)[t].item()) == t
+    assert ddpm.step_of(s, 0.0) == 1 and ddpm.step_of(s, 1e9) == s.T
 
 
 def test_schedules_are_those_of_the_papers():
-    assert torch.allclose(ddpm.linear(1000).beta[1:], torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), atol=1e-12)
-    f = lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2                                        # noqa: E731
-    s = ddpm.cosine(1000)
-    assert all(s.alpha_bar[t].item() == pytest.approx(f(t / 1000) / f(0), rel=1e-9) for t in (1, 10, 500, 900))
-    assert s.beta.max() == pytest.approx(0.999)
-    g = lambda u: 1 / (1 + math.exp(-(3 - 6 * u)))                                                         # noqa: E731
-    s = ddpm.sigmoid(1000)
-    assert all(s.alpha_bar[t].item() == pytest.approx((g(t / 1000) - g(1)) / (g(0) - g(1)), rel=1e-9) for t in (1, 10, 500, 900))
+    linear, cosine, sigmoid = (make(1000) for make in SCHEDULES)
+    u, beta = torch.arange(1001).double() / 1000, torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    nichol, jabri = ((u + 0.008) / 1.008 * math.pi / 2).cos() ** 2, 1 / (1 + (6 * u - 3).exp())
+    assert torch.allclose(linear.beta[1:], beta, atol=1e-12)
+    assert torch.allclose(cosine.alpha_bar[:-1], (nichol / nichol[0])[:-1], rtol=1e-9)
+    assert torch.allclose(sigmoid.alpha_bar, (jabri - jabri[-1]) / (jabri[0] - jabri[-1]), rtol=1e-9, atol=1e-6)
+    # No step destroys everything, and fewer steps read the same curve.
+    assert cosine.beta.max() == pytest.approx(0.999)
+    assert torch.allclose(ddpm.linear(200).alpha_bar, linear.alpha_bar[::5])
     for make in SCHEDULES:
         with pytest.raises(ValueError, match="T ≥ 2"):
             make(1)
 
 
-@given(schedules, st.data())
-def test_step_of_finds_the_step_of_a_noise_level(s, data):
-    t = data.draw(st.integers(1, s.T))
-    assert ddpm.step_of(s, ddpm.noise_level(s)[t].item()) == t
-    assert ddpm.step_of(s, 0.0) == 1 and ddpm.step_of(s, 1e9) == s.T
-
-
-def test_noise_level_is_the_deviation_of_the_rescaled_state_in_image_units():
-    s, t = ddpm.cosine(100), 30
-    xt = ddpm.q_sample(s, torch.zeros(1, 1, 200, 200), t, torch.randn(1, 1, 200, 200, generator=generator()))
-    image = ddpm.to_image(xt / s.alpha_bar[t].sqrt().float())
-    assert image.std().item() == pytest.approx(ddpm.noise_level(s)[t].item(), rel=0.02)
-
-
-# -------------------------------------------------------------------------------------- forward and posterior
-
-@given(schedules, st.data())
-def test_one_step_after_another_is_the_closed_form(s, data):
-    """Mean factor and variance of x_t, followed step by step (DDPM Eq. 2), are those of Eq. 4."""
-    t = data.draw(st.integers(1, s.T))
-    factor, variance = 1.0, 0.0
-    for k in range(1, t + 1):
-        factor, variance = factor * math.sqrt(1 - s.beta[k].item()), (1 - s.beta[k].item()) * variance + s.beta[k].item()
-    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    assert ddpm.q_sample(s, one, t, 0 * one).item() == pytest.approx(factor, rel=1e-9)
-    assert ddpm.q_sample(s, 0 * one, t, one).item() == pytest.approx(math.sqrt(variance), rel=1e-9)
-
+# ------------------------------------------------------------------------------------- forward and posterior
 
 @given(schedules, st.data(), st.floats(-2, 2), st.floats(-2, 2))
-def test_posterior_is_gaussian_conditioning(s, data, x0, xt):
-    """Brute force: condition the joint Gaussian of (x_{t−1}, x_t) given x_0 on x_t."""
-    t = data.draw(st.integers(2, s.T))
+def test_forward_process_and_posterior_are_gaussian_chaining_and_conditioning(s, data, x0, xt):
+    """Brute force: the joint Gaussian of (x_{t−1}, x_t) given x_0, conditioned on x_t. At t = 1 it is x_0."""
+    t = data.draw(st.integers(1, s.T))
     before, alpha, beta = s.alpha_bar[t - 1].item(), s.alpha[t].item(), s.beta[t].item()
-    mean = torch.tensor([math.sqrt(before) * x0, math.sqrt(alpha * before) * x0], dtype=torch.float64)
-    cov = torch.tensor([[1 - before, math.sqrt(alpha) * (1 - before)], [math.sqrt(alpha) * (1 - before), alpha * (1 - before) + beta]], dtype=torch.float64)
-    expected_mean = mean[0] + cov[0, 1] / cov[1, 1] * (xt - mean[1])
-    expected_variance = cov[0, 0] - cov[0, 1] ** 2 / cov[1, 1]
-    got_mean, got_variance = ddpm.q_posterior(s, torch.full((1, 1, 1, 1), x0, dtype=torch.float64), torch.full((1, 1, 1, 1), xt, dtype=torch.float64), t)
-    assert got_mean.item() == pytest.approx(expected_mean.item(), rel=1e-6, abs=1e-8)
-    assert got_variance == pytest.approx(expected_variance.item(), rel=1e-6, abs=1e-12)
-
-
-@given(schedules)
-def test_the_last_step_adds_no_noise_and_lands_on_the_guess(s):
-    x0, x1 = torch.randn(2, 1, 1, 3, 3, generator=generator())
-    mean, variance = ddpm.q_posterior(s, x0, x1, 1)
-    assert variance == 0 and torch.allclose(mean, x0, atol=1e-6)
+    mean_before, mean_now = math.sqrt(before) * x0, math.sqrt(alpha * before) * x0
+    var_before, var_now, cov = 1 - before, alpha * (1 - before) + beta, math.sqrt(alpha) * (1 - before)
+    value, one = torch.tensor([[x0], [1.0]], dtype=torch.float64)
+    assert ddpm.q_sample(s, value, t, 0 * one).item() == pytest.approx(mean_now, rel=1e-9)
+    assert ddpm.q_sample(s, 0 * one, t, one).item() ** 2 == pytest.approx(var_now, rel=1e-9)
+    mean, variance = ddpm.q_posterior(s, x0, xt, t)
+    assert mean == pytest.approx(mean_before + cov / var_now * (xt - mean_now), rel=1e-6, abs=1e-8)
+    assert variance == pytest.approx(var_before - cov ** 2 / var_now, rel=1e-6, abs=1e-12)
+    assert ddpm.q_posterior(s, x0, xt, 1)[1] == 0
 
 
 @given(schedules, st.data(), st.integers(0, 99))
-def test_the_three_predictions_are_inverses(s, data, seed):
+def test_predictions_and_ranges_are_inverses_and_a_batch_is_its_images(s, data, seed):
     t = torch.tensor([data.draw(st.integers(1, s.T)) for _ in range(3)])
-    x0, eps = torch.randn(2, 3, 2, 4, 4, generator=generator(seed), dtype=torch.float64)
+    x0, eps = noise(2, 3, 2, 4, 4, seed=seed, dtype=torch.float64)
     xt = ddpm.q_sample(s, x0, t, eps)
     assert torch.allclose(ddpm.predict_x0(s, xt, t, eps), x0, atol=1e-6)
     assert torch.allclose(ddpm.predict_eps(s, xt, t, x0), eps, atol=1e-6)
-    for head in (ddpm.eps_head, ddpm.v_head):
-        assert torch.allclose(head.x0(s, xt, t, head.target(s, x0, eps, t)), x0, atol=1e-6)
+    assert torch.equal(ddpm.eps_head.target(s, x0, eps, t), eps)
+    # (x_t, v) is (x_0, eps) turned by an angle: v is to eps and −x_0 what x_t is to x_0 and eps.
+    v = ddpm.v_target(s, x0, eps, t)
+    assert torch.allclose(v, ddpm.q_sample(s, eps, t, -x0))
+    assert torch.allclose(ddpm.x0_of_v(s, xt, t, v), x0, atol=1e-12)
     assert torch.allclose(ddpm.to_image(ddpm.to_diffusion(x0)), x0)
-    for i in range(3):                                                                       # a batch is its images
+    for i in range(3):
         assert torch.equal(ddpm.q_sample(s, x0[i:i + 1], t[i].item(), eps[i:i + 1]), xt[i:i + 1])
 
 
-# ------------------------------------------------------------------- samplers with exact denoisers (the oracles)
+# --------------------------------------------------------------- samplers with exact denoisers (the oracles)
 
 def gaussian_denoiser(s, mean, std):
     """E[x0 | xt] for x0 ~ N(mean, std²): a linear function of xt."""
     def denoise(xt, t):
-        a, b = s.alpha_bar[t].item(), 1 - s.alpha_bar[t].item()
-        return mean + math.sqrt(a) * std ** 2 / (a * std ** 2 + b) * (xt - math.sqrt(a) * mean)
+        a = s.alpha_bar[t].item()
+        gain = math.sqrt(a) * std ** 2 / (a * std ** 2 + 1 - a)
+        return mean + gain * (xt - math.sqrt(a) * mean)
     return denoise
 
 
-def mixture_denoiser(s, points):
-    """E[x0 | xt] for x0 uniform on a few numbers, pixel by pixel."""
-    def denoise(xt, t):
-        a, b = s.alpha_bar[t].item(), 1 - s.alpha_bar[t].item()
-        weights = torch.softmax(-(xt[..., None] - math.sqrt(a) * points) ** 2 / (2 * b), dim=-1)
-        return (weights * points).sum(-1)
-    return denoise
+def sampled(eta, denoise, s, x, steps):
+    """The end of the chain: ancestral sampling where eta is None, else DDIM."""
+    if eta is None:
+        return last(ddpm.p_sample(denoise, s, x, generator(1))).x
+    return last(ddpm.ddim(denoise, s, x, steps, generator(1), eta)).x
 
 
 @pytest.mark.parametrize("make", SCHEDULES)
-def test_one_point_data_is_reached_from_anywhere(make):
-    s, point = make(50), torch.rand(1, 3, 4, 4, generator=generator(1))
-    for chain in (ddpm.p_sample, lambda *a: ddpm.ddim(*a[:3], 7, a[3], 0.5)):
-        x = torch.randn(5, 3, 4, 4, generator=generator())
-        assert torch.allclose(last(chain(lambda xt, t: point.expand_as(xt), s, x, generator())).x, point.expand_as(x), atol=1e-5)
-
-
-@pytest.mark.parametrize("make", SCHEDULES)
-@pytest.mark.parametrize("sampler", ["ancestral", "ddim", "eta 0.5"])
-def test_gaussian_data_come_back_with_their_mean_and_variance(make, sampler):
+@pytest.mark.parametrize("eta", [None, 0.0, 0.5])
+def test_gaussian_data_come_back_with_their_mean_and_variance(make, eta):
     s, mean, std, n = make(400), 0.3, 0.5, 40_000
-    x = torch.randn(n, 1, 1, 1, generator=generator()) * math.sqrt(1 - s.alpha_bar[-1] + s.alpha_bar[-1] * std ** 2) + math.sqrt(s.alpha_bar[-1]) * mean
-    denoise = gaussian_denoiser(s, mean, std)
-    chain = ddpm.p_sample(denoise, s, x, generator(1)) if sampler == "ancestral" else ddpm.ddim(denoise, s, x, 400, generator(1), 0.5 if "eta" in sampler else 0.0)
-    got = last(chain).x
+    a = s.alpha_bar[-1].item()
+    x = math.sqrt(a) * mean + math.sqrt(1 - a + a * std ** 2) * noise(n, 1, 1, 1)
+    got = sampled(eta, gaussian_denoiser(s, mean, std), s, x, 400)
     assert got.mean().item() == pytest.approx(mean, abs=4 * std / math.sqrt(n) + 0.002)
     assert got.std().item() == pytest.approx(std, rel=0.02)
 
 
-@pytest.mark.parametrize("ancestral", [True, False])
-def test_mixture_data_come_back_with_their_weights(ancestral):
+@pytest.mark.parametrize("eta", [None, 0.0])
+def test_mixture_data_come_back_with_their_weights(eta):
+    """Three numbers, equally likely: E[x0 | xt] is their mean, weighted by a softmax."""
     s, points, n = ddpm.cosine(300), torch.tensor([-0.8, 0.1, 0.9]), 6000
-    x = torch.randn(n, 1, 1, 1, generator=generator())
-    denoise = mixture_denoiser(s, points)
-    got = last(ddpm.p_sample(denoise, s, x, generator(1)) if ancestral else ddpm.ddim(denoise, s, x, 300, generator(1))).x.flatten()
+
+    def denoise(xt, t):
+        a = s.alpha_bar[t].item()
+        distance = (xt[..., None] - math.sqrt(a) * points) ** 2
+        return (torch.softmax(-distance / (2 * (1 - a)), dim=-1) * points).sum(-1)
+    got = sampled(eta, denoise, s, noise(n, 1, 1, 1), 300).flatten()
     distance, nearest = (got[:, None] - points).abs().min(1)
     assert distance.max() < 0.02
-    assert torch.allclose(torch.bincount(nearest) / n, torch.full((3,), 1 / 3), atol=4 * math.sqrt(2 / 9 / n))
+    assert torch.allclose(torch.bincount(nearest) / n, torch.ones(3) / 3, atol=4 * math.sqrt(2 / 9 / n))
 
 
-@given(schedules.filter(lambda s: s.T <= 60), st.integers(0, 99))
-def test_ddim_with_all_steps_and_eta_one_is_ancestral_sampling(s, seed):
+@given(st.sampled_from(SCHEDULES), st.integers(2, 60), st.integers(0, 99))
+def test_ddim_with_all_steps_and_eta_one_is_ancestral_sampling(make, T, seed):
     """With the same noise, state by state: DDIM's Eq. 12 and 16 reduce to DDPM's Eq. 6 and 7."""
-    denoise = gaussian_denoiser(s, 0.2, 0.7)
-    x = torch.randn(2, 1, 3, 3, generator=generator(seed), dtype=torch.float64)
-    a, b = (list(chain) for chain in (ddpm.p_sample(denoise, s, x, generator(7)), ddpm.ddim(denoise, s, x, s.T, generator(7), eta=1.0)))
-    assert [state.t for state in a] == [state.t for state in b] == list(range(s.T - 1, -1, -1))
-    for p, q in zip(a, b):
-        assert torch.allclose(p.x, q.x, atol=1e-6)
+    s = make(T)
+    denoise, x = gaussian_denoiser(s, 0.2, 0.7), noise(2, 1, 3, 3, seed=seed, dtype=torch.float64)
+    a = list(ddpm.p_sample(denoise, s, x, generator(7)))
+    b = list(ddpm.ddim(denoise, s, x, s.T, generator(7), eta=1.0))
+    for p, q, t in zip(a, b, reversed(range(T)), strict=True):
+        assert p.t == q.t == t and torch.allclose(p.x, q.x, atol=1e-6)
+        assert torch.allclose(p.x0_hat, q.x0_hat, atol=1e-6)
 
 
-@given(st.integers(1, 60), st.integers(1, 60))
-def test_ddim_jumps_from_the_start_to_zero(steps, t_start):
-    s = ddpm.cosine(60)
-    states = list(ddpm.ddim(lambda xt, t: 0 * xt, s, torch.ones(1, 1, 2, 2), steps, generator(), t_start=t_start))
-    assert states[-1].t == 0 and len(states) == min(steps, t_start)
-    assert all(a.t > b.t for a, b in zip(states, states[1:])) and states[0].t < t_start
+@given(st.integers(1, 1000), st.integers(1, 100))
+def test_jumps_lead_evenly_from_the_start_to_zero(t_start, steps):
+    pairs = ddpm.jumps(t_start, steps)
+    times = [t for t, _ in pairs] + [0]
+    assert times[0] == t_start and [t_next for _, t_next in pairs] == times[1:]
+    assert len(pairs) == min(steps, t_start) and all(t > t_next for t, t_next in pairs)
+    assert all(abs(t - t_start * (1 - k / len(pairs))) <= 0.51 for k, t in enumerate(times))
 
 
-def test_refine_steers_the_chain_and_sees_every_step():
-    s, seen, target = ddpm.cosine(20), [], torch.full((1, 1, 2, 2), 0.25)
+@pytest.mark.parametrize("make", SCHEDULES)
+@pytest.mark.parametrize("start, first", [(None, 20), (4, 4)])
+def test_one_point_data_are_reached_from_anywhere_and_refine_sees_every_step(make, start, first):
+    """`refine` has the last word: it makes the one point out of whatever the model says."""
+    x, seen, point = noise(5, 1, 3, 3), [], torch.rand(1, 1, 3, 3, generator=generator(1))
 
     def refine(x0_hat, t):
         seen.append(t)
-        return target
-    for chain in (ddpm.p_sample(lambda xt, t: xt, s, torch.randn(1, 1, 2, 2), generator(), refine=refine),
-                  ddpm.ddim(lambda xt, t: xt, s, torch.randn(1, 1, 2, 2), 20, generator(), refine=refine)):
-        assert torch.allclose(last(chain).x, target, atol=1e-5)
-    assert seen == 2 * list(range(20, 0, -1))
+        return point.expand_as(x0_hat)
+    options = {"t_start": start, "refine": refine}
+    for chain in (ddpm.p_sample(lambda xt, t: xt, make(20), x, generator(), **options),
+                  ddpm.ddim(lambda xt, t: xt, make(20), x, 20, generator(), 0.5, **options)):
+        assert torch.allclose(last(chain).x, point, atol=1e-5)
+    assert seen == 2 * list(range(first, 0, -1))
 
 
-def test_ancestral_sampling_can_start_anywhere():
-    s = ddpm.linear(30)
-    assert [state.t for state in ddpm.p_sample(lambda xt, t: xt, s, torch.zeros(1, 1, 1, 1), generator(), t_start=4)] == [3, 2, 1, 0]
+@pytest.mark.parametrize("steps, power, close", [(1, 1, 1e-5), (100, 0.5, 3e-3)])
+def test_a_noisy_gaussian_image_becomes_the_wiener_estimate_or_the_end_of_the_ode(steps, power, close):
+    """Images N(m, v), noise σ: one evaluation of the model gives E[x | y] = m + v/(v + σ²) (y − m).
 
-
-def test_one_step_denoising_of_gaussian_images_is_the_wiener_estimate():
-    """Images N(m, v) in [0, 1] units, noise sigma: E[x | y] = m + v / (v + σ²) (y − m)."""
+    Ever more steps move y along dx/dσ = −σ ∇log p, which ends at m + √(v/(v + σ²)) (y − m).
+    """
     s, mean, std = ddpm.cosine(1000), 0.6, 0.2
-    y = torch.rand(1, 1, 8, 8, generator=generator())
-    sigma = ddpm.noise_level(s)[200].item()
-    got = ddpm.denoise_photo(gaussian_denoiser(s, 2 * mean - 1, 2 * std), s, y, sigma)
-    assert torch.allclose(got, mean + std ** 2 / (std ** 2 + sigma ** 2) * (y - mean), atol=1e-5)
+    y, sigma = torch.rand(1, 1, 8, 8, generator=generator()), ddpm.noise_level(s)[200].item()
+    got = ddpm.denoise_photo(gaussian_denoiser(s, 2 * mean - 1, 2 * std), s, y, sigma, steps)
+    gain = (std ** 2 / (std ** 2 + sigma ** 2)) ** power
+    assert torch.allclose(got, mean + gain * (y - mean), atol=close)
 
 
-def test_many_steps_from_a_noisy_photo_follow_the_ode_of_gaussian_images():
-    """η = 0 with ever more steps moves y along dx/dσ = −σ ∇log p: for N(m, v) that ends at m + √(v / (v + σ²)) (y − m), a sample and not the mean."""
-    s, mean, std = ddpm.cosine(1000), 0.6, 0.2
-    y = torch.rand(1, 1, 8, 8, generator=generator())
-    sigma = ddpm.noise_level(s)[200].item()
-    model, seen = gaussian_denoiser(s, 2 * mean - 1, 2 * std), []
-
-    def counted(xt, t):
-        seen.append(t)
-        return model(xt, t)
-    got = ddpm.denoise_photo(counted, s, y, sigma, 100)
-    assert torch.allclose(got, mean + (std ** 2 / (std ** 2 + sigma ** 2)) ** 0.5 * (y - mean), atol=3e-3)
-    assert len(seen) == 100 and seen[0] == 200
-
-
-# ------------------------------------------------------------------------------------------ network and training
-
-def small(seed=0, channels=1):
-    torch.manual_seed(seed)
-    return ddpm.UNet(channels, (8, 16))
-
-
-def stirred(net):
-    """The zero-initialised layers made random, so that every path matters."""
-    for p in net.parameters():
-        nn.init.normal_(p, std=0.3)
-    return net
-
-
-def test_heads_are_read_by_the_denoiser():
-    s, x0, eps = ddpm.cosine(50), *torch.randn(2, 2, 1, 4, 4, generator=generator()).clamp(-1, 1)
-    xt = ddpm.q_sample(s, x0, 20, eps)
-    for head in (ddpm.eps_head, ddpm.v_head):
-        class Perfect(nn.Module):
-            def forward(self, x, t):
-                assert t.tolist() == [20, 20]
-                return head.target(s, x0, eps, t)
-        assert torch.allclose(ddpm.denoiser(Perfect(), s, head)(xt, 20), x0, atol=1e-4)
-        assert ddpm.loss(Perfect(), s, head, x0, torch.tensor([20, 20]), eps) == 0
-
+# -------------------------------------------------------------------------------------- network and training
 
 @given(st.integers(1, 3), st.integers(3, 16), st.integers(3, 16), st.sampled_from([1, 3]))
 def test_the_network_takes_any_size_and_batching_changes_nothing(b, h, w, channels):
     torch.manual_seed(0)
-    net = stirred(ddpm.UNet(channels, (8, 16))).eval()
-    x, t = torch.randn(b, channels, h, w, generator=generator()), torch.arange(1, b + 1)
-    with torch.no_grad():
-        out = net(x, t)
-        assert out.shape == x.shape
-        for i in range(b):
-            assert torch.allclose(net(x[i:i + 1], t[i:i + 1]), out[i:i + 1], rtol=1e-3, atol=1e-3)
-        assert not torch.allclose(net(x, t + 50), out, atol=1e-2)                                   # it reads the clock
+    net = ddpm.UNet(channels, (8, 16)).requires_grad_(False)
+    x, t = noise(b, channels, h, w), torch.arange(1, b + 1)
+    assert net(x, t).flatten(2).std(-1).max() < 1e-6
+    # Now every path matters, also through the layers that start at zero.
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.3)
+    out, close = net(x, t), {"rtol": 1e-3, "atol": 1e-3}
+    assert out.shape == x.shape and not torch.allclose(net(x, t + 50), out, atol=1e-2)
+    for i in range(b):
+        assert torch.allclose(net(x[i:i + 1], t[i:i + 1]), out[i:i + 1], **close)
+    # An image of odd size is continued by its edge, and the output cut.
+    padded = nn.functional.pad(x, (0, w % 2, 0, h % 2), mode="replicate")
+    assert torch.allclose(net(padded, t)[..., :h, :w], out, **close)
 
 
-def test_training_resumes_bit_for_bit_and_a_stream_repeats():
+def test_time_features_are_sines_and_cosines_at_geometric_wavelengths():
+    t = torch.tensor([0, 3, 500])
+    phase = t[:, None] * torch.tensor([1.0, 0.1, 0.01, 0.001])
+    assert torch.allclose(ddpm.time_features(t, 8), torch.cat([phase.sin(), phase.cos()], 1), atol=1e-4)
+
+
+@pytest.mark.parametrize("head", [ddpm.eps_head, ddpm.v_head])
+def test_the_denoiser_reads_the_head_and_clips(head):
+    s, (x0, eps) = ddpm.cosine(50), noise(2, 2, 1, 4, 4)
+
+    def perfect(x, t):
+        assert t.tolist() == [20, 20] and not torch.is_grad_enabled()
+        return head.target(s, x0, eps, t)
+    got = ddpm.denoiser(perfect, s, head)(ddpm.q_sample(s, x0, 20, eps), 20)
+    assert x0.abs().max() > 1 and torch.allclose(got, x0.clamp(-1, 1), atol=1e-4)
+
+
+class Constant(nn.Module):
+    """One weight, which is its prediction. It remembers the steps t of every batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.seen = nn.Parameter(torch.zeros(())), []
+
+    def forward(self, xt, t):
+        self.seen.append(t)
+        return self.w.expand_as(xt)
+
+
+def training(net, steps, seed=0, T=20, size=4, head=ddpm.v_head, **options):
+    """Training on `size` random images at a time."""
     def batch(g):
-        return torch.rand(4, 1, 8, 8, generator=g)
+        return torch.rand(size, 1, 8, 8, generator=g)
+    return ddpm.train(net, ddpm.cosine(T), batch, head, steps, generator(seed), **options)
 
-    def weights(interrupt):
-        net, g, s = small(), generator(3), ddpm.cosine(20)
-        run = ddpm.train(net, s, batch, ddpm.v_head, 8, g)
-        for state in run:
-            if interrupt and state.step == 4:
-                saved = {k: (v if not hasattr(v, "clone") else v.clone()) for k, v in state.checkpoint().items()}
-                import io
-                buffer = io.BytesIO()
-                torch.save(saved, buffer)
-                buffer.seek(0)
-                for state in ddpm.train(small(9), s, batch, ddpm.v_head, 8, generator(8), resume=torch.load(buffer, weights_only=True)):
-                    pass
-                break
-        return state.ema.state_dict(), state.step, state.loss
-    (a, step_a, loss_a), (b, step_b, loss_b), (c, _, _) = weights(False), weights(True), weights(False)
-    assert step_a == step_b == 8 and loss_a == loss_b
-    assert all(torch.equal(a[k], b[k]) and torch.equal(a[k], c[k]) for k in a)
+
+def test_a_short_run_is_the_beginning_of_a_longer_one_also_when_it_is_resumed():
+    """State by state, bit for bit; a checkpoint is a snapshot that further training does not touch."""
+    def run(steps, seed, **options):
+        torch.manual_seed(seed)
+        states = training(ddpm.UNet(1, (8, 16)), steps, seed, warmup=2, **options)
+        return [(state.step, state.loss, state.checkpoint()) for state in states]
+    whole, short, buffer = run(8, 3), run(4, 3), io.BytesIO()
+    torch.save(short[-1][2], buffer)
+    buffer.seek(0)
+    joined = short + run(8, 9, resume=torch.load(buffer, weights_only=True))
+    assert [step for step, _, _ in joined] == list(range(1, 9))
+    torch.testing.assert_close(joined, whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("warmup, decay", [(0, 0.3), (1, 0.999), (5, 0.3)])
+def test_the_rate_rises_and_stays_the_gradient_is_clipped_and_the_weights_are_averaged(warmup, decay):
+    """Far from its target the clipped gradient is constant, so that Adam moves by the rate itself."""
+    far = ddpm.Head(target=lambda s, x0, eps, t: torch.full_like(x0, 1e6), x0=ddpm.predict_x0)
+    net, w, mean = Constant(), 0.0, 0.0
+    options = {"lr": 0.1, "warmup": warmup, "clip": 0.5, "ema_decay": decay}
+    for state in training(net, 20, head=far, **options):
+        assert state.loss == pytest.approx((1e6 - w) ** 2)
+        w += 0.1 * min(1.0, state.step / warmup) if warmup else 0.1
+        kept = min(decay, (1 + state.step) / (10 + state.step))
+        mean = kept * mean + (1 - kept) * w
+        assert net.w.item() == pytest.approx(w, rel=1e-4)
+        assert net.w.grad.abs().item() == pytest.approx(0.5, rel=1e-4)
+        assert state.ema.w.item() == pytest.approx(mean, rel=1e-4) and not state.ema.w.requires_grad
 
 
 def test_the_average_leaves_buffers_alone():
     """Buffers are copied from the trained network, never averaged; parameters are averaged."""
     net, ema = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
-    nn.init.constant_(net.weight, 3.0), nn.init.constant_(ema.weight, 1.0)
-    net.running_mean.fill_(5.0), net.num_batches_tracked.fill_(7)
+    net.load_state_dict({name: torch.full_like(value, 5) for name, value in net.state_dict().items()})
     ddpm.update_ema(ema, net, 0.75)
-    assert torch.allclose(ema.weight, torch.full((2,), 1.5)) and torch.equal(ema.running_mean, net.running_mean)
-    assert ema.num_batches_tracked == 7 and not list(ddpm.UNet(1, (8, 16)).buffers())
+    assert torch.equal(ema.weight, torch.tensor([2.0, 2.0])) and torch.equal(net.weight, torch.tensor([5.0, 5.0]))
+    assert torch.equal(ema.running_mean, net.running_mean) and ema.num_batches_tracked == 5
 
 
-class Spy(nn.Module):
-    """Remembers the steps that training asks for."""
-
-    def __init__(self):
-        super().__init__()
-        self.w, self.seen = nn.Parameter(torch.zeros(1)), []
-
-    def forward(self, xt, t):
-        self.seen.extend(t.tolist())
-        return self.w * xt
-
-
-def test_training_stays_below_t_max_and_covers_it():
-    spy = Spy()
-    for _ in ddpm.train(spy, ddpm.cosine(100), lambda g: torch.rand(16, 1, 4, 4, generator=g), ddpm.eps_head, 40, generator(), t_max=10):
-        pass
-    assert set(spy.seen) == set(range(1, 11))
+@pytest.mark.parametrize("T, t_max", [(32, None), (100, 32)])
+def test_the_steps_of_a_batch_are_spread_evenly_up_to_t_max(T, t_max):
+    """32 steps, 16 images: one of 1 and 2, one of 3 and 4, …; over many batches every step comes."""
+    net = Constant()
+    last(training(net, 40, T=T, size=16, t_max=t_max))
+    seen = torch.stack(net.seen)
+    assert torch.equal(((seen - 1) // 2).sort(1).values, torch.arange(16).expand(40, 16))
+    assert seen.unique().tolist() == list(range(1, 33))
 
 
 def test_logit_normal_steps_have_their_quantiles():
-    """log(u / (1 − u)) is normal: the median and the ±1 σ quantiles of the steps that training asks for."""
-    spy, mean, std = Spy(), -0.5, 0.8
-    for _ in ddpm.train(spy, ddpm.cosine(1000), lambda g: torch.rand(100, 1, 1, 1, generator=g), ddpm.eps_head, 100, generator(),
-                        place=ddpm.logit_normal(mean, std)):
-        pass
-    share = torch.tensor(spy.seen) / 1000
+    """log(u / (1 − u)) is normal: the median and the ±1 σ quantiles of the steps that training draws."""
+    net, mean, std = Constant(), -0.5, 0.8
+    last(training(net, 100, T=1000, size=100, place=ddpm.logit_normal(mean, std)))
+    share = torch.cat(net.seen).double() / 1000
     for z, below in ((-1, 0.1587), (0, 0.5), (1, 0.8413)):
-        assert (share.double() <= 1 / (1 + math.exp(-(mean + z * std)))).double().mean().item() == pytest.approx(below, abs=0.01)
-    assert torch.equal(ddpm.evenly(share), share)
+        quantile = 1 / (1 + math.exp(-(mean + z * std)))
+        assert (share <= quantile).double().mean().item() == pytest.approx(below, abs=0.01)
 
 
 @pytest.mark.parametrize("head", [ddpm.eps_head, ddpm.v_head])
 def test_two_images_are_learnt_by_heart(head):
     """A model trained on two pictures samples those two pictures."""
-    s = ddpm.cosine(100)
-    pictures = torch.stack([torch.full((1, 8, 8), 0.1), torch.full((1, 8, 8), 0.8)])
-    pictures[1, :, :4] = 0.2
+    s, pictures = ddpm.cosine(100), torch.full((2, 1, 8, 8), 0.1)
+    pictures[1, :, :, :4], pictures[1, :, :, 4:] = 0.2, 0.8
     torch.manual_seed(0)
     net = ddpm.UNet(1, (16, 16))
-    for state in ddpm.train(net, s, lambda g: pictures[torch.randint(2, (16,), generator=g)], head, 400, generator(), lr=3e-3, ema_decay=0.98):
-        pass
-    x = last(ddpm.ddim(ddpm.denoiser(state.ema, s, head), s, torch.randn(24, 1, 8, 8, generator=generator(5)), 25, generator())).x
+
+    def batch(g):
+        return pictures[torch.randint(2, (16,), generator=g)]
+    state = last(ddpm.train(net, s, batch, head, 400, generator(), lr=3e-3, ema_decay=0.98))
+    x = sampled(0.0, ddpm.denoiser(state.ema, s, head), s, noise(24, 1, 8, 8, seed=5), 25)
     distance, nearest = (ddpm.to_image(x)[:, None] - pictures).abs().mean((2, 3, 4)).min(1)
     assert distance.median() < 0.05 and 4 <= nearest.sum() <= 20
