@@ -219,10 +219,9 @@ def fit(y: Tensor, A: Callable[[Tensor], Tensor], net: nn.Module, z: Tensor, ste
         loss.backward()
         optimiser.step()
         if fallen.any():
-            # the weights of up to 50 steps before, with a fresh optimiser
-            for k, (tensor, kept) in enumerate(zip(_state(net, optimiser), good[1])):
-                weights = k < len(good[1]) // 3
-                tensor.unflatten(0, (n, -1))[fallen] = kept.unflatten(0, (n, -1))[fallen] if weights else 0.0
+            typical = torch.where(fallen, good[0], typical)
+            for tensor, kept in zip(_state(net, optimiser), good[1]):
+                tensor.unflatten(0, (n, -1))[fallen] = kept.unflatten(0, (n, -1))[fallen]
         # The number of images that the average stands for; a collapsed image does not enter.
         count = torch.where(fallen, count, torch.where(settled, count + 1, decay * count + 1))
         seen, skipped = image.detach(), fallen.to(z.device).reshape(-1, 1, 1, 1)
