@@ -97,7 +97,7 @@ def expected_error(value: float, f: Tensor, g: Tensor, y: Tensor, sigma: float, 
     """
     noise = link.q - y
     theory = ratio * sigma ** 2 * ((f - g) * noise).sum().item() / (2 * noise.square().sum().item())
-    doubt = (spread / ratio * theory) ** 2
+    doubt = (spread / ratio * theory) ** 2 + (value - theory) ** 2 / 4
     scatter = 2 * sigma ** 4 / y.numel()
     return (doubt * value + scatter * theory) / (doubt + scatter)
 
