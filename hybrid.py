@@ -240,6 +240,8 @@ def scattered(problem: Problem, generator: torch.Generator, share: float = 0.05)
     Raises ValueError where nothing was measured.
     """
     known = problem.known
+    if not known.any():
+        raise ValueError("nothing is known of this image: give a mask that leaves some pixels")
     unseen = (torch.rand(known.shape, generator=generator) < share).to(known.device) * known
     if not unseen.any():
         unseen.view(-1)[known.argmax()] = 1
@@ -251,7 +253,7 @@ def depth(missing: Tensor) -> int:
     none can.
     """
     layers = 0
-    while missing.any():
+    while missing.any() and not missing.all():
         missing = -torch.nn.functional.max_pool2d(-missing, 3, 1, 1)
         layers += 1
     return layers
