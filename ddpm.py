@@ -260,14 +260,14 @@ def train(net: nn.Module, s: Schedule, batch: Callable[[torch.Generator], Tensor
         t = (1 + (place(spread) * t_max).long()).clamp(max=t_max).to(device)
         eps = torch.randn(x0.shape, generator=generator).to(device)
         for group in optimiser.param_groups:
-            group["lr"] = lr * min(1.0, step / warmup)
+            group["lr"] = lr * min(1.0, step / max(1, warmup))
         value = loss(net, s, head, x0, t, eps)
         optimiser.zero_grad()
         value.backward()
         nn.utils.clip_grad_norm_(net.parameters(), clip)
         optimiser.step()
         update_ema(ema, net, min(ema_decay, (1 + step) / (10 + step)))
-        yield TrainState(step, value.item(), ema, lambda: ({
+        yield TrainState(step, value.item(), ema, lambda: copy.deepcopy({
             "net": net.state_dict(), "ema": ema.state_dict(), "optimiser": optimiser.state_dict(),
             "generator": generator.get_state(), "step": step}))
 

@@ -105,7 +105,7 @@ def _blur(x: Tensor) -> Tensor:
 def _check(x: Tensor, y: Tensor, peak: float) -> None:
     for image in (x, y):
         fine = isinstance(image, Tensor) and image.is_floating_point() and image.dim() == 4
-        if not fine:
+        if not fine or not image.numel():
             raise ValueError("images must be float tensors (B, C, H, W), not empty: "
                              "convert with .float() and add the missing axes")
         low, high = torch.aminmax(image.detach())
