@@ -28,10 +28,10 @@ help:
 	@touch $@
 
 all: .venv/ready
-	$(PY) experiments.py all $(if $(JOBS),--jobs $(JOBS)) $(if $(REUSE),--reuse)
+	$(PY) experiments.py all jobs=$(JOBS) reuse=$(REUSE)
 
 quick: .venv/ready
-	$(PY) experiments.py all --scale quick $(if $(JOBS),--jobs $(JOBS))
+	$(PY) experiments.py all scale=quick jobs=$(JOBS)
 
 test: .venv/ready
 	$(PY) -m pytest -q tests
@@ -43,7 +43,7 @@ figures: .venv/ready
 	$(PY) experiments.py figures
 
 bench: .venv/ready
-	$(PY) experiments.py bench
+	$(PY) tests/bench.py
 
 # Values travel in the environment, so that spaces and quotes in file names stay what they are.
 restore: export RESTORE_IMAGE := $(IMAGE)
@@ -56,12 +56,12 @@ restore: export RESTORE_SAMPLES := $(SAMPLES)
 restore train: export RESTORE_OUT := $(OUT)
 restore train: export RESTORE_IMAGES := $(IMAGES)
 restore: .venv/ready
-	@$(PY) experiments.py restore --image "$$RESTORE_IMAGE" --task "$$RESTORE_TASK" --sigma "$$RESTORE_SIGMA" --mask "$$RESTORE_MASK" \
-	  --factor "$$RESTORE_FACTOR" --method "$${RESTORE_METHOD:-dip}" --out "$$RESTORE_OUT" \
-	  --images "$$RESTORE_IMAGES" --samples "$$RESTORE_SAMPLES" $(if $(TRAIN_STEPS),--train-steps $(TRAIN_STEPS))
+	@$(PY) experiments.py restore image="$$RESTORE_IMAGE" task="$$RESTORE_TASK" sigma="$$RESTORE_SIGMA" \
+	  mask="$$RESTORE_MASK" factor="$$RESTORE_FACTOR" method="$${RESTORE_METHOD:-dip}" out="$$RESTORE_OUT" \
+	  images="$$RESTORE_IMAGES" samples="$$RESTORE_SAMPLES" steps=$(STEPS) train_steps=$(TRAIN_STEPS)
 
 train: .venv/ready
-	@$(PY) experiments.py train --images "$$RESTORE_IMAGES" --out "$$RESTORE_OUT" $(if $(TRAIN_STEPS),--train-steps $(TRAIN_STEPS))
+	@$(PY) experiments.py train images="$$RESTORE_IMAGES" out="$$RESTORE_OUT" train_steps=$(TRAIN_STEPS)
 
 clean:
 	rm -rf .cache out-quick .pytest_cache .hypothesis

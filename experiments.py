@@ -1,9 +1,7 @@
-"""Everything impure: data, jobs and their cache, records, figures, the report and the command line. Read it
-last.
+"""Everything impure: data, jobs, records, figures, report, command line. Read it last.
 
 picture → measured → a method of METHODS → Restorations → scored → records (out/*.json) → queries → REPORT.md
 """
-import argparse
 import ast
 import functools
 import hashlib
@@ -14,16 +12,14 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import re
 import signal
 import sys
 import threading
 import time
-import timeit
 import zipfile
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections import namedtuple
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Optional
@@ -33,6 +29,7 @@ import numpy as np
 import skimage
 import torch
 import torch.nn as nn
+from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from skimage.restoration import denoise_nl_means, inpaint_biharmonic
 from torch import Tensor
@@ -43,16 +40,18 @@ import dip
 import hybrid
 import metrics
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
 ROOT = Path(__file__).resolve().parent
-CACHE = ROOT / ".cache"
+CACHE, OUT = ROOT / ".cache", {"full": ROOT / "out", "quick": ROOT / "out-quick"}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Refusal(Exception):
     """Something the user can mend; its text is the one sentence shown."""
+
+
+def check(fine, why: str) -> None:
+    if not fine:
+        raise Refusal(why)
 
 
 # ------------------------------------------------------------------------------------------------------ data
@@ -87,8 +86,7 @@ def square(name: str, size: int) -> Tensor:
 
 @functools.cache
 def training_photos(folder: str = "") -> list[Tensor]:
-    """(3, H, W) each: the training photographs, or those of a folder, at full, half and quarter size where 64
-    pixels remain."""
+    """The training photos, or a folder's, (3, H, W) at full, 1/2, 1/4 size where 64 pixels remain."""
     found = map(to_tensor, map(photo, TRAINING)) if not folder else map(read_image, images_in(folder))
     return [nn.functional.avg_pool2d(image.expand(-1, 3, -1, -1), k)[0] for image in found for k in (1, 2, 4)
             if min(image.shape[-2:]) // k >= 64]
@@ -101,15 +99,13 @@ def images_in(folder: str) -> list[Path]:
 
 @functools.cache
 def cat_layers(size: int = 32) -> list[Tensor]:
-    """Five tensors (options, 4, size, size) of premultiplied RGBA, one a factor (David Revoy, CC-BY 4.0).
-
-    Two of the ten fur files are the same picture; the second is left out.
-    """
+    """Five tensors (options, 4, size, size) of premultiplied RGBA, one a factor (David Revoy, CC-BY 4.0)."""
     def load(path):
         rgba = np.asarray(Image.open(path).convert("RGBA"), np.float32) / 255
         rgba[..., :3] *= rgba[..., 3:]
         k = rgba.shape[0] // size
         return torch.from_numpy(rgba.reshape(size, k, size, k, 4).mean((1, 3)).transpose(2, 0, 1))
+    # two of the ten fur files are the same picture; the second is left out
     root = Path(importlib.util.find_spec("robohash").origin).parent / "sets" / "set4"
     folders = sorted(folder for folder in root.iterdir() if folder.is_dir())
     return [torch.stack([load(path) for path in sorted(folder.glob("*.png")) if path.name != "006#fur6.png"])
@@ -138,8 +134,7 @@ def draw_cats(generator: torch.Generator, n: int, everything: bool = False) -> T
 
 
 def pictures(names: tuple, size: int) -> Tensor:
-    """(B, 3, size, size), clean: photos by their names, or cats (32 pixels) by their numbers in a fixed row.
-    """
+    """(B, 3, size, size), clean: photos by name, or cats (32 pixels) by number in a fixed row."""
     if isinstance(names[0], str):
         return torch.cat([square(name, size) for name in names])
     return render_cats(draw_cats(torch.Generator().manual_seed(9), 64, everything=True))[list(names)]
@@ -173,9 +168,7 @@ def poisson(clean: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
 
 
 class Task(NamedTuple):
-    """What a camera does: sigma in 0 … 255, camera(shape, generator) → operator, noise(clean, sigma,
-    generator).
-    """
+    """sigma in 0 … 255, camera(shape, generator) → operator, noise(clean, sigma, generator) → y."""
     sigma: float = 0.0
     camera: Callable = lambda shape, generator: dip.identity()
     noise: Callable = gaussian
@@ -203,27 +196,12 @@ def measured(clean: Tensor, task: str, *seed) -> dip.Problem:
 
 
 def starting(problem: dip.Problem, *seed) -> torch.Generator:
-    """The random numbers of a method: by the measurement and the seed, so that a file and a job give the
-    same.
-    """
+    """The random numbers of a method, by the measurement: a file and a job give the same."""
     return seeded(hashlib.sha256(problem.y.cpu().numpy().tobytes()).hexdigest(), *seed)
 
 
-class Pixels(nn.Module):
-    """Free pixels in place of a network: the prior that prefers nothing."""
-
-    def __init__(self, image: Tensor):
-        super().__init__()
-        self.image = nn.Parameter(image.clone())
-
-    def forward(self, z: Tensor) -> Tensor:
-        return 1 * self.image
-
-
-def fresh(problem: dip.Problem, generator: torch.Generator, copies: int = 1, free: bool = False, **options):
-    """Tool: new hourglasses (`copies` for each picture, run as one) or free pixels, and their inputs."""
-    if free:
-        return Pixels(problem.operator.pinv(problem.y)), torch.zeros(len(problem.y), 1, 1, 1, device=DEVICE)
+def fresh(problem: dip.Problem, generator: torch.Generator, copies: int = 1, **options) -> tuple:
+    """Tool: new hourglasses, `copies` for each picture, run as one network; and their inputs."""
     _, channels, *shape = problem.shape
     options = {"c_out": channels, "widths": (32,) * 4, "upsample": "nearest", "padding": "zeros"} | options
     singles, inputs = [], []
@@ -266,35 +244,13 @@ def smoother(s: ddpm.Schedule) -> Callable:
 
 
 def perceptual(problem: dip.Problem, model: "Job", generator: torch.Generator) -> Callable:
-    """Penalty: features of the photo model's first layers, of the image and of y, at y's own noise level."""
     network, (s, _), _ = network_of(model)
-    t = torch.tensor([ddpm.step_of(s, problem.sigma)], device=DEVICE)
-    emb = network.embed(ddpm.time_features(t, network.embed[0].in_features)).detach()
-
-    def features(image):
-        xt = ddpm.at(s.alpha_bar.sqrt(), t, image) * ddpm.to_diffusion(image)
-        return network.down[0](network.enter(xt), emb)
-    target = features(problem.y).detach()
-    unit = 0.3 * problem.sigma ** 2 / target.var().item()
-    return lambda images, i: unit * (features(images) - target).square().mean((1, 2, 3)).sum()
+    return hybrid.perceptual(problem, network, s)
 
 
 def adversarial(problem: dip.Problem, model: "Job", generator: torch.Generator) -> Callable:
-    """Penalty: a small critic, trained on the way to tell training photos from DIP's images, and DIP to fool
-    it.
-    """
     torch.manual_seed(0)
-    critic = nn.Sequential(nn.Conv2d(3, 32, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(32, 64, 4, 2, 1),
-                           nn.LeakyReLU(0.2), nn.Conv2d(64, 1, 3)).to(DEVICE)
-    optimiser, softplus = torch.optim.Adam(critic.parameters(), 1e-3, (0.5, 0.9)), nn.functional.softplus
-
-    def penalty(images, i):
-        real = ddpm.patches(training_photos(), generator, 1).to(DEVICE)
-        optimiser.zero_grad()
-        (softplus(-critic(real)).mean() + softplus(critic(images.detach())).mean()).backward()
-        optimiser.step()
-        return 0.01 * problem.sigma ** 2 * softplus(-critic(images)).mean() * len(images)
-    return penalty
+    return hybrid.adversarial(problem, lambda: ddpm.patches(training_photos(), generator, 1))
 
 
 PENALTIES = {"perceptual": perceptual, "adversarial": adversarial}
@@ -323,9 +279,7 @@ def means_of_patches(problem: dip.Problem) -> Iterator[dip.Restoration]:
 
 
 class Method(NamedTuple):
-    """A function, one line for the user, and whether it is for noisy measurements only (True), for others
-    (False) or for both; its settings; the methods whose finished Restorations it takes, with theirs.
-    """
+    """A function, a line about it, for noise only (True) or never (False), settings, experts with theirs."""
     run: Callable
     about: str
     noise: Optional[bool] = None
@@ -337,16 +291,15 @@ METHODS = {
     "interpolation": Method(interpolation, "a classical formula, biharmonic and bicubic", False),
     "nlm": Method(means_of_patches, "a classical formula, non-local means", True),
     "dip": Method(dip.deep_image_prior, "a deep image prior on all measurements"),
-    "two-dips": Method(hybrid.averaged, "the mean of two of them",
-                       experts=(("dip", {}), ("dip", {"start": 1}))),
+    "two-dips": Method(hybrid.averaged, "the mean of two", experts=(("dip", {}), ("dip", {"start": 1}))),
     "held-out": Method(hybrid.held_out, "DIP, stopped by measurements kept back: needs no SIGMA"),
     "sure": Method(hybrid.one_sided_sure, "DIP, stopped by Stein's estimate", True),
     "pair": Method(hybrid.antithetic_pair, "an antithetic pair of DIPs, stopped by its risk estimate", True),
     "diffusion": Method(hybrid.diffusion, "the diffusion model alone"),
     "diffusion-pair": Method(hybrid.diffusion_pair, "the diffusion model on an antithetic pair", True),
-    "warm-start": Method(hybrid.warm_start, "the diffusion model alone, started from interpolation", False,
+    "warm-start": Method(hybrid.warm_start, "the diffusion model, started from interpolation", False,
                          experts=(("interpolation", {}),)),
-    "weighted": Method(hybrid.weighted, "pair and diffusion-pair, weighted by their estimated risks", True,
+    "weighted": Method(hybrid.weighted, "both pairs, weighted by their estimated risks", True,
                        experts=(("pair", {}), ("diffusion-pair", {}))),
     "brief": Method(hybrid.refit, "the brief DIP that starts the chain in refit", False, {"evaluations": 0}),
     "refit": Method(hybrid.refit, "the reverse chain with DIP refits and interpolation", False),
@@ -367,9 +320,7 @@ def perform(method: str, problem: dip.Problem, tools: dict, settings: dict) -> I
 
 def toolbox(problem: dip.Problem, generator: torch.Generator, model: Optional["Job"], settings: dict
             ) -> tuple[dict, list]:
-    """The tools of a method, and a list that grows with every evaluation of the model. What belongs to the
-    tools (network, prior) is taken out of `settings`; names of rules and penalties become functions.
-    """
+    """The tools of a method (their settings leave `settings`), and a list of the evaluations of the model."""
     tools, evaluations = {"generator": generator, "interpolate": interpolate, "model": None}, []
     tools["fresh"] = functools.partial(fresh, **dict(settings.pop("network", ())))
     prior, grey = settings.pop("prior", None), problem.shape[1] == 1
@@ -391,6 +342,10 @@ def toolbox(problem: dip.Problem, generator: torch.Generator, model: Optional["J
 
 # -------------------------------------------------------------------------------------- jobs and their cache
 
+# A job names its own entries of these tables; a user's folder is no part of the experiments.
+NOT_FOLLOWED = {"METHODS", "WORK", "PENALTIES", "Job", "Refusal", "read_image"}
+
+
 @functools.cache
 def definitions() -> dict:
     """(module, name) → syntax tree of every top-level definition in our five files, docstrings removed."""
@@ -400,22 +355,15 @@ def definitions() -> dict:
             for part in ast.walk(node):
                 if isinstance(part, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(part) is not None:
                     part.body = part.body[1:]
-            targets = [part for part in getattr(node, "targets", [getattr(node, "target", None)]) if part]
-            parts = itertools.chain(*map(ast.walk, targets))
-            assigned = [part.id for part in parts if isinstance(part, ast.Name)]
-            found |= {(module, name): node for name in assigned or [getattr(node, "name", "")]}
+            stored = [part.id for target in getattr(node, "targets", []) for part in ast.walk(target)
+                      if isinstance(part, ast.Name)]
+            found |= {(module, name): node for name in stored or [getattr(node, "name", "")]}
     return found
-
-
-# A job names its own entries of these tables; a user's folder is no part of the experiments.
-NOT_FOLLOWED = {"METHODS", "WORK", "PENALTIES", "Job", "Refusal", "read_image"}
 
 
 @functools.cache
 def fingerprint(name: str, module: str = "experiments") -> str:
-    """A hash of the code behind a definition: its syntax tree and, again and again, those of all definitions
-    of ours that it names. Comments, docstrings and layout do not count.
-    """
+    """A hash of a definition's syntax tree and of all definitions of ours that it names, again and again."""
     todo, seen = [(module, name)], {}
     while todo:
         here = todo.pop()
@@ -454,12 +402,12 @@ class Job:
 
     @functools.cached_property
     def key(self) -> str:
-        work, penalty = [WORK.get(self.method, restoration)], dict(self.settings).get("penalty")
-        work += [METHODS[self.method].run] * (self.method in METHODS) + [PENALTIES[penalty]] * bool(penalty)
-        places = [(f.__name__, f.__module__ if f.__module__ in ("dip", "hybrid") else "experiments")
-                  for f in work]
-        own = replace(self, model=None, experts=()), METHODS[self.method].settings if len(work) > 1 else {}
-        return sha((own, [need.key for need in self.needs], [fingerprint(*place) for place in places]))
+        method, penalty = METHODS.get(self.method), dict(self.settings).get("penalty")
+        work = [restoration, method.run] if method else [WORK[self.method]]
+        work += [PENALTIES[penalty]] if penalty else []
+        code = [fingerprint(f.__name__, f.__module__.replace("__main__", "experiments")) for f in work]
+        own = replace(self, model=None, experts=()), method.settings if method else {}
+        return sha((own, [need.key for need in self.needs], code))
 
     @property
     def path(self) -> Path:
@@ -473,28 +421,26 @@ class Job:
         return self.path.exists()
 
     def result(self) -> dict:
-        return torch.load(self.path, weights_only=True, map_location=DEVICE)
+        result = torch.load(self.path, weights_only=True, map_location=DEVICE)
+        if "trainer" in result:
+            result["trainer"]["generator"] = result["trainer"]["generator"].cpu()
+        return result
 
     @property
     def cost(self) -> float:
         """A guess in core-seconds, for the order of work and the time left."""
-        chosen, area = dict(self.settings), (self.size / 96) ** 2 * len(self.photos)
-        if self.method in WORK:
-            steps = chosen.get("steps", 50)
-            return 1 + (0.1 * steps if self.method == "train" else 0.003 * chosen["n"] * steps)
-        updates = {"pair": 800, "sure": 800, "dip": 480, "held-out": 600, "regularised": 640, "refit": 300,
-                   "brief": 100}.get(self.method, 10)
-        return 1 + 0.022 * area * chosen.get("steps", updates) * (2 if self.method in ("pair", "sure") else 1)
+        fits = self.method in WORK or "fresh" in names(self.method)
+        a_step = {"train": 4.5, "sample": 70, "pair": 2, "sure": 2}.get(self.method, fits)
+        area = (self.size / 96) ** 2 * len(self.photos)
+        return 1 + 0.022 * a_step * area * dict(self.settings).get("steps", 300)
 
 
 def job(method: str, photo="", task: str = "", *, seed: int = 0, size: int = 96, model: Optional[Job] = None,
         experts: Optional[tuple] = None, **settings) -> Job:
-    """A Job: one photo or a tuple of them, dictionaries frozen, a method's own experts called in. Fits of
-    DIP and the pair to noisy test photos are watched to their end, so that every question shares them;
-    what they deliver is the same.
-    """
+    """A Job: photo one name or several, dictionaries frozen, a method's own experts called in."""
     def frozen(value):
         return tuple(sorted((k, frozen(v)) for k, v in value.items())) if isinstance(value, dict) else value
+    # Fits to noisy test photos are watched to their end, so that every question shares them.
     if method in ("dip", "pair") and task in FITS and photo in TEST and size == 96 and not settings:
         settings = {"watch": True, "steps": round(FITS[task] * (1.16 if method == "pair" else 1))}
         settings |= {"rules": tuple(RULES)} if method == "dip" else {}
@@ -507,12 +453,12 @@ def job(method: str, photo="", task: str = "", *, seed: int = 0, size: int = 96,
     return Job(method, photos, task, seed, size, model if used else None, experts, frozen(settings))
 
 
-def write(path: Path, save: Callable) -> None:
-    """save(temporary path), then rename: readers see the old file or the whole new one, never a half."""
+def write(path: Path, content) -> None:
+    """A text, or what content(path) saves, by way of a temporary file: never half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
-        save(temporary)
+        content(temporary) if callable(content) else temporary.write_text(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -528,65 +474,46 @@ def start_worker() -> None:
     """Workers use one thread each, leave Ctrl-C to the parent, and do not outlive it."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def missing(jobs) -> dict:
+def missing(jobs, found: Optional[dict] = None) -> dict:
     """What the cache lacks of `jobs` and of what they need, each once, needs first."""
-    found, seen = {}, set()
-
-    def visit(job):
-        if job not in seen:
-            seen.add(job)
-            if not job.done():
-                for need in job.needs:
-                    visit(need)
-                found[job] = None
+    found = {} if found is None else found
     for job in jobs:
-        visit(job)
+        if job not in found and not job.done():
+            missing(job.needs, found)
+            found[job] = None
     return found
 
 
 def compute(jobs, processes: int) -> None:
     """Make what is missing: a job starts as soon as what it needs is there, the costliest first."""
-    todo, running, done, began = missing(jobs), {}, 0.0, time.monotonic()
-    waiting, total = sorted(todo, key=lambda job: -job.cost), sum(job.cost for job in todo)
-    if not todo:
-        return
+    todo, running = missing(jobs), {}
+    waiting = sorted(todo, key=lambda job: -job.cost)
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), start_worker)
-    bar = tqdm(total=100, mininterval=0 if sys.stderr.isatty() else 60, smoothing=0.02,
-               bar_format="{desc} {percentage:3.0f}% {bar} {elapsed} <{remaining} {postfix}")
+    seen, shape = 1 if sys.stderr.isatty() else 60, "{l_bar}{bar} {elapsed}<{remaining}{postfix}"
+    bar = tqdm(total=sum(job.cost for job in todo), mininterval=seen, bar_format=shape, disable=not todo)
     try:
         while waiting or running:
             ready = (job for job in waiting if not any(need in todo for need in job.needs))
             for job in list(itertools.islice(ready, processes - len(running))):
                 waiting.remove(job)
-                running[pool.submit(make, job)] = job, time.monotonic()
-            finished, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
-            for future in finished:
+                running[pool.submit(make, job)] = job
+            now = [f"{job.method} {job.photos[0]} {job.task}" for job in running.values()]
+            bar.set_postfix_str(f"{len(todo)} jobs left: {' | '.join(now)}", refresh=seen == 1)
+            for future in wait(running, timeout=1, return_when=FIRST_COMPLETED)[0]:
                 future.result()
-                job, _ = running.pop(future)
-                done += job.cost
-                del todo[job]
-            # Running jobs count by the time they have had, at the speed of the finished ones.
-            now, speed = time.monotonic(), max(done, 1) / max(1, processes * (time.monotonic() - began))
-            partly = sum(min(0.9 * job.cost, speed * (now - start)) for job, start in running.values())
-            bar.set_description_str(f"{len(todo)} jobs left", refresh=False)
-            bar.set_postfix_str(" | ".join(f"{job.method} {job.photos[0]} {job.task}" for job, _ in running.values()))
-            bar.update(min(100, 100 * (done + partly) / total) - bar.n)
-    except (KeyboardInterrupt, BrokenProcessPool) as error:
+                bar.update(running[future].cost)
+                del todo[running.pop(future)]
+    except (KeyboardInterrupt, BrokenExecutor) as error:
         why = "interrupted" if isinstance(error, KeyboardInterrupt) else "a worker process was killed"
         raise Refusal(f"{why}: every finished job is kept, run the same command again to go on")
     finally:
         bar.close()
-        for process in list((pool._processes or {}).values()):
-            process.terminate() if running else None
+        for process in list((pool._processes or {}).values()) if running else ():
+            process.terminate()
         pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -608,9 +535,7 @@ def parts_of(chosen: dict) -> tuple[ddpm.Schedule, ddpm.Head]:
 
 
 def network_of(job: Job, ema: bool = True) -> tuple[ddpm.UNet, tuple, dict]:
-    """The network of a training job with its averaged (or last) weights, its schedule and head, and the
-    result.
-    """
+    """The network of a training job, averaged or last weights; its schedule and head; the result."""
     result = job.result()
     network = ddpm.UNet(3, result["widths"])
     network.load_state_dict(result["trainer"]["ema" if ema else "net"])
@@ -623,8 +548,7 @@ def model_of(job: Job, ema: bool = True) -> ddpm.Model:
 
 
 def train(job: Job) -> dict:
-    """A diffusion model after `steps` updates, going on from the job before it; v(t) is measured at the end.
-    """
+    """A diffusion model after `steps` updates, going on from the job before; v(t) measured at the end."""
     chosen, (widths, batch, lr) = dict(job.settings), recipe(job.photos[0])
     before = job.experts[0].result() if job.experts else {"trainer": None, "seconds": 0.0}
     torch.manual_seed(job.seed)
@@ -644,9 +568,7 @@ def train(job: Job) -> dict:
 
 
 def nearest_parts(images: Tensor) -> Tensor:
-    """(n, 5): the cat nearest to each image, by trying all options of one factor at a time until nothing
-    improves.
-    """
+    """(n, 5): the cat nearest to each image, changing one factor at a time until nothing improves."""
     parts = torch.zeros(len(images), 5, dtype=torch.long)
     for _ in range(6):
         before, parts = parts, parts.clone()
@@ -661,9 +583,8 @@ def nearest_parts(images: Tensor) -> Tensor:
 
 
 def examine(images: Tensor) -> dict:
-    """What a known distribution lets us measure of cats (n, 3, 32, 32): the entropy of each factor (1 =
-    uniform), how often pairs occur that training never had (1 = as they should), the distance to the
-    nearest cat (fidelity).
+    """What a known distribution lets us measure of cats (n, 3, 32, 32): entropies (1 = uniform), the rate of
+    pairs that training never had (1 = as it should), the distance to the nearest cat (fidelity).
     """
     parts = torch.cat([nearest_parts(some) for some in images.split(64)])
     found = {name: metrics.entropy(parts[:, i], k) for i, (name, k) in enumerate(CAT_FACTORS.items())}
@@ -737,9 +658,7 @@ def restoration(job: Job) -> dict:
 
 
 def score(offer: dip.Restoration, truth: Tensor, own: slice, curve: Tensor) -> dict:
-    """What is known about one picture of an offer, `own`: several where it was sampled (then means over
-    them).
-    """
+    """What is known of one picture of an offer, `own`: several where it was sampled (then means)."""
     images, clean = offer.image[own].clamp(0, 1), truth[own]
     found = {name: value[own.start] if isinstance(value, list) else value
              for name, value in offer.facts.items()}
@@ -771,11 +690,12 @@ WORK = {"train": train, "sample": sample}
 
 
 # ------------------------------------------------------------------------------------ sweeps, one a question
-# A sweep yields (row, job): what the row is called in tables and queries, and what is computed for it.
+# A sweep yields (row, job): a name for tables and queries, and what is computed.
 
-NOISY, HIDDEN = ("noise 15", "noise 25", "noise 50"), ("hole", "large hole", "80 % missing", "×4")
+NOISY, HIDDEN = ("noise 15", "noise 25", "noise 50"), ("hole", "80 % missing", "×4")
 FIVE = ("noise 25", "noise 50", "hole", "80 % missing", "×4")
-SMALL, FOUR, SLOW = {"task": "noise 25", "size": 64}, (2.0, 1.0, 0.5, 0.25), {"antithetic": False, "warm": True}
+SMALL, FOUR = {"task": "noise 25", "size": 64}, (2.0, 1.0, 0.5, 0.25)
+SLOW = {"antithetic": False, "warm": True}
 
 
 def over(**axes) -> list[dict]:
@@ -807,21 +727,24 @@ PHOTOS, CATS = chain("photos", 1250), chain("cats", 2600, place=PLACE)
 
 def ask_ddpm():
     """Does the model generate, and at what cost?"""
-    draw = functools.partial(job, "sample", "cats", experts=(job("sample", "cats", seed=2, n=2048),), n=512)
-    yield "real cats", draw(seed=1)
+    real = (job("sample", "cats", seed=2, n=2048),)
+    for n in (512, 256):
+        yield f"{n} real cats", job("sample", "cats", experts=real, seed=1, n=n)
     for eta, steps in itertools.product((0.0, 1.0), (5, 10, 20, 50)):
-        yield f"η = {eta:.0f}, {steps} steps", draw(model=CATS[-1], steps=steps, eta=eta)
-    yield from ((f"after {steps_of(model)}", draw(model=model, steps=20)) for model in CATS)
-    yield "last weights", draw(model=CATS[-1], ema=False, steps=20)
+        drawn = job("sample", "cats", model=CATS[-1], experts=real, n=512, steps=steps, eta=eta)
+        yield f"η = {eta:.0f}, {steps} steps", drawn
+    draw = functools.partial(job, "sample", "cats", experts=real, n=256, steps=20)
+    yield from ((f"after {steps_of(model)}", draw(model=model)) for model in CATS)
+    yield "last weights", draw(model=CATS[-1], ema=False)
     for schedule, head in (("cosine", "v"), ("linear", "v"), ("sigmoid", "v"), ("cosine", "ε")):
         model = job("train", "cats", steps=160, place=PLACE, schedule=schedule, head=head)
-        yield f"{schedule}, {head}", draw(model=model, steps=20)
-    yield "cosine, v, all steps alike", draw(model=job("train", "cats", steps=160), steps=20)
+        yield f"{schedule}, {head}", draw(model=model)
+    yield "cosine, v, all steps alike", draw(model=job("train", "cats", steps=160))
     yield from ((f"training on {model.photos[0]}", model) for model in (CATS[-1], PHOTOS[-1]))
-    for model, at in itertools.product(PHOTOS, over(photo=TEST, seed=(0, 1))):
-        yield f"after {steps_of(model)}", job("diffusion", task="noise 25", model=model, evaluations=1, **at)
-    for k, at in itertools.product((1, 2, 10), over(photo=TEST, task=NOISY, seed=(0, 1))):
-        yield f"{k} evaluations", job("diffusion", model=PHOTOS[-1], evaluations=k, **at)
+    for at in over(photo=TEST, model=PHOTOS):
+        yield f"after {steps_of(at['model'])}", job("diffusion", task="noise 25", evaluations=1, **at)
+    for at in over(photo=TEST, task=NOISY, evaluations=(1, 2, 10)):
+        yield f"{at['evaluations']} evaluations", job("diffusion", model=PHOTOS[-1], **at)
 
 
 NETWORKS = {"width 16": {"network": {"widths": (16,) * 4}}, "3 scales": {"network": {"widths": (32,) * 3}},
@@ -831,18 +754,9 @@ BILINEAR = {"steps": 1000, "network": {"upsample": "bilinear", "padding": "refle
 
 def ask_dip():
     """What does the prior know, and when does it overfit?"""
-    both = over(photo=TEST, task=NOISY, seed=(0, 1)) + over(photo=TEST, task=HIDDEN)
-    yield from (("dip", job("dip", **at)) for at in both)
-    table = {"as chosen": {}} | NETWORKS | {"bilinear, reflected borders": BILINEAR, "no jitter": {"jitter": 0.0}}
-    yield from changes("dip", table, **SMALL, steps=500, watch=True)
-
-
-def equal_steps(make: Callable, n: int = 4, sigma: float = 25 / 255) -> tuple:
-    """S/σ of n stages from 2 to 1/4 that are equally many steps of a schedule apart."""
-    s = make(4000)
-    ends = [ddpm.step_of(s, sigma * math.hypot(1, ratio)) for ratio in (FOUR[0], FOUR[-1])]
-    levels = [ddpm.noise_level(s)[round(t)].item() for t in np.linspace(*ends, n)]
-    return tuple(round(math.sqrt((level / sigma) ** 2 - 1), 2) for level in levels)
+    yield from (("dip", job("dip", **at)) for at in over(photo=TEST, task=NOISY + HIDDEN))
+    table = {"as chosen": {}, "no jitter": {"jitter": 0.0}, "bilinear, reflected borders": BILINEAR}
+    yield from changes("dip", table | NETWORKS, **SMALL, steps=500, watch=True)
 
 
 STAGES = {
@@ -850,37 +764,36 @@ STAGES = {
     "four pairs": {"ratios": FOUR}, "one network": {"antithetic": False},
     "four warm stages, heavy to light": {"ratios": FOUR, **SLOW},
     "four warm stages, light to heavy": {"ratios": FOUR[::-1], **SLOW},
-    "four warm stages, linear schedule": {"ratios": equal_steps(ddpm.linear), **SLOW},
-    "four warm stages, cosine schedule": {"ratios": equal_steps(ddpm.cosine), **SLOW},
+    "four warm stages, linear schedule": {"ratios": hybrid.equal_steps(ddpm.linear(4000), 25 / 255), **SLOW},
+    "four warm stages, cosine schedule": {"ratios": hybrid.equal_steps(ddpm.cosine(4000), 25 / 255), **SLOW},
     **NETWORKS,
     **{f"σ believed × {belief}": {"belief": belief} for belief in (0.7, 1.3)}, "σ estimated": {"belief": 0.0},
     "noise cut to [0, 1]": {"task": "noise 25, cut to [0, 1]"}, "Poisson noise": {"task": "Poisson noise"},
-    "perceptual term": {"penalty": "perceptual", "model": PHOTOS[-1]}, "adversarial term": {"penalty": "adversarial"},
-    "LEAK: stages of the clean image": {"leak": True, "steps": 120, "patience": 10 ** 6, "ratios": FOUR, **SLOW}}
+    "perceptual term": {"penalty": "perceptual", "model": PHOTOS[-1]},
+    "adversarial term": {"penalty": "adversarial"}, "LEAK: stages of the clean image": {
+        "leak": True, "steps": 120, "patience": 10 ** 6, "ratios": FOUR, **SLOW}}
 
 
 def ask_stop():
     """Can noise stages tell DIP when to stop?"""
-    for at in over(photo=TEST, task=NOISY, seed=(0, 1)):
+    for at in over(photo=TEST, task=NOISY) + over(photo=TEST, task=("noise 25",), seed=(1,)):
         yield "", job("dip", **at)
         yield "pair", job("pair", **at)
     for at in over(photo=TEST, task=NOISY):
         yield "held-out pixels", job("held-out", **at, steps=FITS[at["task"]], watch=True)
         yield "Monte-Carlo SURE", job("sure", **at, steps=FITS[at["task"]], watch=True)
         yield "two plain fits averaged", job("two-dips", **at)
-    yield from changes("pair", STAGES, **SMALL, steps=360, watch=True)
-    yield from changes("dip", {"plain DIP": {}}, **SMALL, steps=500, watch=True)
+    yield from changes("pair", STAGES, **SMALL, steps=320, watch=True)
 
 
 WAYS = {"refit": ("refit", {}), "refit without interpolation": ("refit", {"fusion": False}),
         "interpolation": ("interpolation", {}), "brief DIP": ("brief", {}),
         "start from interpolation": ("warm-start", {}), "50 evaluations from noise": ("diffusion", {}),
         **{f"{k} evaluations from noise": ("diffusion", {"evaluations": k}) for k in (10, 100)}}
-STARTS = {"start from DIP": {}, "start from DIP, guided by it": {"guide": True}, "DIP thrown in at t = T": {"t": 1000},
-          **{f"8 samples from t₀ = {t}": {"t": t, "samples": 8} for t in (100, 300, 500, 700)}}
-REFITS = {**{f"{n} updates before": {"brief": n} for n in (25, 50, 200)}, **{
-    f"{k} evaluations": {"evaluations": k} for k in (1, 2, 4)}, "5 updates a step": {"updates": 5},
-    "weight of the guess 1": {"weight": 1.0}, "η = 1": {"eta": 1.0},
+STARTS = {"start from DIP": {}, "start from DIP, guided by it": {"guide": True}, "DIP thrown in at t = T": {
+    "t": 1000}, **{f"8 samples from t₀ = {t}": {"t": t, "samples": 8} for t in (100, 300, 500, 700)}}
+REFITS = {**{f"{n} updates before": {"brief": n} for n in (25, 50, 200)}, "η = 1": {"eta": 1.0}, **{
+    f"{k} evaluations": {"evaluations": k} for k in (2, 4)}, "weight of the guess 1": {"weight": 1.0},
     **{f"t₀ = {t}": {"t": t} for t in (100, 400, 700)}, "width 16": NETWORKS["width 16"]}
 
 
@@ -892,8 +805,7 @@ def ask_enter():
         brief = (job("brief", **at),)
         yield from ((row, job("warm-start", **at, experts=brief, **more)) for row, more in STARTS.items()
                     if at not in flock or "samples" not in more)
-    for task in ("hole", "×4"):
-        yield from changes("refit", REFITS, task=task, model=PHOTOS[-1])
+    yield from changes("refit", REFITS, task="hole", model=PHOTOS[-1])
 
 
 def ask_train():
@@ -905,17 +817,17 @@ def ask_train():
         yield f"from noise, {steps_of(model)}", job("diffusion", model=model, **at)
         yield f"from interpolation, {steps_of(model)}", job("warm-start", model=model, **at)
         yield f"from DIP, {steps_of(model)}", job("warm-start", model=model, experts=brief, **at)
-    for t_max, seed in itertools.product((1000, 500, 250), (0, 1)):
-        for model, t in itertools.product(chain("cats", 400, t_max=t_max, seed=seed)[1:], (250, 500)):
-            row = f"t ≤ {t_max} learnt, from t₀ = {t}, {steps_of(model)}"
-            yield from [(row, job("warm-start", model=model, experts=brief, t=t, seed=seed, **at))] * (t <= t_max)
+    for t_max in (1000, 500, 250):
+        for model in chain("cats", 400, t_max=t_max)[1:]:
+            row = f"t ≤ {t_max} learnt, from t₀ = 250, {steps_of(model)}"
+            yield row, job("warm-start", model=model, experts=brief, t=250, **at)
 
 
 REGULARISED = {
     "as chosen": {}, "constraint, no model": {"weight": 0.0}, "model, no constraint": {"floor": 0.0},
-    "neither: plain DIP": {"weight": 0.0, "floor": 0.0}, **{f"λ = {w:g}": {"weight": w} for w in (0.1, 1.0, 10.0)},
-    "free pixels, no network": {"network": {"free": True}}, "non-local means, no model": {"prior": "nlm"},
-    "model after a quarter": {"model": PHOTOS[2]}, "cats' model": {"model": CATS[-1]},
+    "neither: plain DIP": {"weight": 0.0, "floor": 0.0},
+    **{f"λ = {weight:g}": {"weight": weight} for weight in (0.1, 1.0, 10.0)},
+    "non-local means, no model": {"prior": "nlm"}, "cats' model": {"model": CATS[-1]},
     **{f"σ believed × {belief}": {"belief": belief} for belief in (0.7, 1.3)}}
 
 
@@ -923,16 +835,14 @@ def ask_guide():
     """Does a learned prior make early stopping unnecessary?"""
     for at in over(photo=TEST, task=FIVE):
         yield "regularised", job("regularised", model=PHOTOS[-1], **at)
-        yield "no model", job("regularised", **at, weight=0.0)
+        if at["task"] in FIVE[:3]:
+            yield "no model", job("regularised", **at, weight=0.0)
     yield from changes("regularised", {"neither": {}}, task="noise 25", weight=0.0, floor=0.0)
-    yield from changes("regularised", REGULARISED, **SMALL, model=PHOTOS[-1])
-    for row, more in (("photos'", {"model": PHOTOS[-1]}), ("cats'", {"model": CATS[-1]}), ("no", {"weight": 0.0})):
-        yield f"{row} model on cats", job("regularised", tuple(range(8)), "noise 25", size=32, **more)
+    yield from changes("regularised", REGULARISED, **SMALL, model=PHOTOS[-1], steps=600)
 
 
 def ask_final():
-    """Which method for which task? Every method as `make restore` runs it, but for the stop rules of `stop`.
-    """
+    """Which method for which task? Every method as `make restore` runs it, but for stop rules."""
     for name, at in itertools.product(METHODS, over(photo=TEST + DEVELOPMENT, task=FIVE)):
         if METHODS[name].noise in (None, at["task"] in NOISY) and name not in ("held-out", "sure", "brief"):
             yield name, job(name, model=PHOTOS[-1], **at)
@@ -961,39 +871,29 @@ def rows_of(scale: str) -> dict:
     found = {question: list(ask()) for question, ask in QUESTIONS.items()}
     if scale == "full":
         return found
-    return {question: [(row, quickly(job)) for row, job in rows if job.photos[0] not in TEST[1:] + DEVELOPMENT[1:]
-                       and job.seed != 1] for question, rows in found.items()}
+    for question, rows in found.items():
+        rows = [(row, job) for row, job in rows if job.photos[0] not in TEST[1:] + DEVELOPMENT[1:]]
+        found[question] = [(row, quickly(job)) for row, job in rows if job.seed != 1]
+    return found
 
 
 # --------------------------------------------------------------------------------------- records and queries
 
 def records_of(rows: list, committed: Optional[dict] = None) -> list[dict]:
-    """Flat records, one a delivered picture. committed: key → records, trusted where the cache has no
-    result.
-    """
+    """Flat records. committed: key → records, trusted where the cache has no result."""
     found = []
     for row, job in rows:
-        if job.key in (committed or {}) and not job.done():
-            found += [record | {"row": row or record["rule"]} for record in committed[job.key]]
-            continue
-        chosen = {name: str(value) for name, value in job.settings if name != "rules"}
-        shared = {"method": job.method, "task": job.task, "seed": job.seed, "size": job.size, "photo": "", "rule": ""}
-        for record in job.result()["records"]:
-            rule = record.get("rule", "")
-            label = f"{row}: {rule}" if row and rule else row or rule
-            found.append({"row": label} | shared | record | {"settings": chosen, "key": job.key})
+        shared = {name: getattr(job, name) for name in ("method", "task", "seed", "size")} | {"photo": ""}
+        shared["settings"] = {name: str(value) for name, value in job.settings if name != "rules"}
+        trusted = None if job.done() else (committed or {}).get(job.key)
+        for record in trusted or job.result()["records"]:
+            label = ": ".join(filter(None, [row, record.get("rule")])) or next(iter(RULES))
+            found.append({"row": label} | shared | record | {"row": label, "key": job.key})
     return found
 
 
-class Number(NamedTuple):
-    """A mean over photographs, its 95 % interval (photographs resampled), and on how many of them it is
-    above 0.
-    """
-    mean: float
-    low: float
-    high: float
-    n: int
-    wins: int
+class Number(namedtuple("Number", "mean low high n wins")):
+    """A mean over photographs, 95 % interval (photographs resampled), on how many it is above 0."""
 
     def __format__(self, spec: str) -> str:
         if spec == "k":
@@ -1003,19 +903,19 @@ class Number(NamedTuple):
 
 
 class Query:
-    """Asks the records: q("psnr", "final", row="pair", minus={"row": "dip"}, task=…) is a Number.
+    """q("psnr", "final", row="pair", minus={"row": "dip"}, task=…) is a Number.
 
     A value is a field or an expression of fields; a condition is a value or a tuple of them. `minus` changes
-    some conditions, and the same pictures and seeds are paired. Seeds are averaged first, then photographs
-    resampled.
+    conditions, the same pictures and seeds are paired. Seeds are averaged first, then photographs resampled.
     """
 
     def __init__(self, records: dict[str, list]):
         self.records = records
 
     def select(self, question: str, **where) -> list[dict]:
-        return [record for record in self.records[question] if all(
-            record.get(name) in (value if isinstance(value, tuple) else (value,)) for name, value in where.items())]
+        wanted = {name: value if isinstance(value, tuple) else (value,) for name, value in where.items()}
+        return [record for record in self.records[question]
+                if all(record.get(name) in values for name, values in wanted.items())]
 
     def values(self, value: str, question: str, where: dict) -> dict:
         """(photo, task, seed) → the value, of all records that have it."""
@@ -1030,28 +930,23 @@ class Query:
 
     def __call__(self, value: str, question: str, minus: Optional[dict] = None, **where) -> Number:
         found = self.values(value, question, where)
-        if minus is not None:
+        if minus:
             other = self.values(value, question, where | minus)
             found = {at: number - other[at] for at, number in found.items() if at in other}
-        photos = {}
-        for (photo, *_), number in found.items():
-            photos.setdefault(photo, []).append(number)
-        if not photos:
+        if not found:
             raise KeyError(f"{question} has no {value} with {where} {minus or ''}")
-        means = np.array([np.mean(numbers) for numbers in photos.values()])
+        photos = sorted({at[0] for at in found})
+        means = np.array([np.mean([found[at] for at in found if at[0] == photo]) for photo in photos])
         drawn = np.random.default_rng(0).choice(means, (2000, len(means))).mean(1)
         low, high = np.quantile(drawn, [0.025, 0.975])
         return Number(float(means.mean()), float(low), float(high), len(means), int((means > 0).sum()))
 
     def table(self, question: str, columns: dict, rows: tuple = (), **where) -> str:
-        """Markdown, a line a row. A column: title → "psnr:.2f", or "psnr:.2f - dip", the paired difference
-        to the row dip ("psnr:k - dip": on how many photographs it is above 0).
-        """
+        """Columns: "psnr:.2f", less the row dip "psnr:.2f - dip", on how many photos "psnr:k - dip"."""
         def cell(column: str, row: str) -> str:
-            value, _, rest = column.partition(":")
-            spec, _, other = rest.partition(" - ")
+            value, spec, other = re.fullmatch(r"(.*?):(\S*)(?: - (.*))?", column).groups()
             try:
-                return format(self(value, question, {"row": other} if other else None, **where, row=row), spec)
+                return format(self(value, question, other and {"row": other}, **where, row=row), spec)
             except KeyError:
                 return ""
         rows = rows or tuple(dict.fromkeys(record["row"] for record in self.select(question, **where)))
@@ -1060,37 +955,34 @@ class Query:
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def render(template: str, q: Query, check: bool = True) -> str:
-    """Fill the holes <<expression:format>> and check the claims <!-- claim: expression -->, Python over `q`.
+def render(template: str, q: Query, check_claims: bool = True) -> str:
+    """Fill the holes <<expression:format>>, check the claims <!-- claim: … -->; Refusal where one fails."""
+    known = {f.__name__: f for f in (abs, min, max, all, any, len)} | {"TEST": TEST, "DEV": DEVELOPMENT}
+    known |= {"q": q, "__builtins__": {}}
 
-    Raises Refusal for a hole or a claim that cannot be evaluated, and for a false claim.
-    """
-    known = {f.__name__: f for f in (abs, min, max, all, any, len, round)} | {"q": q, "__builtins__": {}}
-
-    def evaluate(expression: str, spec: str, what: str):
+    def evaluate(expression: str, finish: Callable):
         try:
-            value = eval(f"({expression.strip()})", known)
-            return format(value, spec) if what == "a hole" else value
+            return finish(eval(f"({expression.strip()})", known))
         except Exception as error:
-            raise Refusal(f"{what} in REPORT.in.md cannot be filled: {expression} ({error})")
+            raise Refusal(f"REPORT.in.md asks for something that is not there: {expression} ({error})")
     for claim in re.findall(r"<!-- claim: (.*?) -->", template, re.S):
-        if not evaluate(claim, "", "a claim") and check:
-            raise Refusal(f"a claim in REPORT.in.md is false: {claim}; change the sentence under it or the method")
+        check(evaluate(claim, bool) or not check_claims,
+              f"a claim in REPORT.in.md is false: {claim}; change its sentence or the method")
     body = re.sub(r"<!-- claim: .*? -->\n?", "", template, flags=re.S)
-    return re.sub(r"<<(.+?)(?::([.\w]*))?>>", lambda m: evaluate(m[1], m[2] or "", "a hole"), body, flags=re.S)
+    return re.sub(r"<<(.+?)(?::([.\w]*))?>>", lambda hole: evaluate(
+        hole[1], lambda value: format(value, hole[2] or "")), body, flags=re.S)
 
 
-def read_records(out: Path, rows: dict) -> Query:
-    """The records of out/*.json; refused where a file is missing, broken, or of other jobs than `rows`."""
+def read_records(scale: str) -> Query:
+    """The records of out/*.json; refused where a file is missing, broken, or of other jobs."""
     found = {}
-    for question, asked in rows.items():
-        path = out / f"{question}.json"
+    for question, asked in rows_of(scale).items():
         try:
-            found[question] = json.loads(path.read_text())["records"]
+            found[question] = json.loads((OUT[scale] / f"{question}.json").read_text())["records"]
         except (OSError, ValueError, KeyError):
-            raise Refusal(f"{path.name} is missing or broken: run `make all` to compute it")
-        if {record["key"] for record in found[question]} != {job.key for _, job in asked}:
-            raise Refusal(f"{path.name} was made by other code or settings: run `make all` to compute it anew")
+            raise Refusal(f"{question}.json is missing or broken: run `make all` to compute it")
+        check({record["key"] for record in found[question]} == {job.key for _, job in asked},
+              f"{question}.json is of other code or settings: run `make all` to compute it anew")
     return Query(found)
 
 
@@ -1098,41 +990,57 @@ def read_records(out: Path, rows: dict) -> Query:
 
 def gallery(rows: list):
     """Pictures with titles: rows of (bytes (C, H, W), title)."""
-    figure, axes = plt.subplots(len(rows), len(rows[0]), squeeze=False, layout="constrained",
-                                figsize=(2.2 * len(rows[0]), 2.6 * len(rows)))
+    size = 2.2 * len(rows[0]), 2.6 * len(rows)
+    figure = Figure(layout="constrained", figsize=size)
+    axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for ax, (image, title) in zip(axes.flat, itertools.chain(*rows)):
-        ax.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+        ax.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
         ax.set_title(title, fontsize=9)
         ax.axis("off")
     return figure
 
 
-def lines(panels: dict, xlabel: str, ylabel: str, **axis):
-    """Panels side by side: title → {label: (x, y)}."""
-    figure, axes = plt.subplots(1, len(panels), squeeze=False, layout="constrained", figsize=(4.4 * len(panels), 3.8))
-    for ax, (title, curves) in zip(axes.flat, panels.items()):
-        for label, (x, y) in curves.items():
-            ax.plot(x, y, label=label)
-        ax.set(title=title, xlabel=xlabel, ylabel=ylabel, **axis)
+def lines(panels: dict, xlabel: str):
+    """Panels side by side: title → {label: values from 1 on}, in decibels."""
+    figure = Figure(layout="constrained", figsize=(4.4 * len(panels), 3.8))
+    for ax, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items()):
+        for label, values in curves.items():
+            ax.plot(range(1, 1 + len(values)), values.cpu(), label=label)
+        ax.set(title=title, xlabel=xlabel, ylabel="PSNR, dB")
         ax.legend(fontsize=8)
     return figure
-
-
-def scored(job: Job, title: str, name: str = "") -> tuple:
-    """A picture of a finished job, and its title with the score of what was delivered."""
-    result = job.result()
-    return result["images"][name][0], title + ("" if name else f"\n{result['records'][0]['psnr']:.2f} dB")
 
 
 def plot_answer(rows: dict):
     columns = []
     for task, photo in zip(FIVE, itertools.cycle(TEST)):
-        found = {row: job for row, job in rows["final"] if (job.task, job.photos, job.seed) == (task, (photo,), 0)}
+        found = {row: job.result() for row, job in rows["final"] if job.task == task and photo in job.photos}
+        wanted = ("dip", "diffusion", "weighted") if task in NOISY else ("dip", "warm-start", "refit")
         if found:
-            chosen = ("dip", "diffusion", "weighted") if task in NOISY else ("dip", "warm-start", "refit")
-            columns.append([scored(found["dip"], task, "measured"), *(scored(found[row], row) for row in chosen),
-                            scored(found["dip"], photo, "truth")])
+            ends = found["dip"]["images"]
+            scores = {row: f"{row}\n{found[row]['records'][0]['psnr']:.2f} dB" for row in wanted}
+            middle = [(found[row]["images"][""][0], score) for row, score in scores.items()]
+            columns.append([(ends["measured"][0], task), *middle, (ends["truth"][0], photo)])
     return gallery(list(zip(*columns)))
+
+
+def plot_curves(question: str, wanted: tuple, tasks: tuple, rows: dict):
+    """The running average over the updates, the mean over photos, for each of the wanted rows and tasks."""
+    panels = {}
+    for task, row in itertools.product(tasks, wanted):
+        curves = [job.result()["curve"][:, 0] for label, job in rows[question]
+                  if (label, job.task, job.size) == (row, task, 96)]
+        panels.setdefault(task, {}).update({row: torch.stack(curves).mean(0)} if curves else {})
+    return lines(panels, "DIP updates")
+
+
+def plot_risk(rows: dict):
+    panels = {}
+    for job in [job for row, job in rows["stop"] if (row, job.task, job.seed) == ("pair", "noise 25", 0)]:
+        result = job.result()
+        curves = {"truth": result["curve"][:, 0], "estimate": -10 * result["risks"].clamp(min=1e-5).log10()}
+        panels[f"{job.photos[0]}: stopped at {result['records'][0]['step']}"] = curves
+    return lines(panels, "updates of the pair")
 
 
 def plot_cats(rows: dict):
@@ -1140,73 +1048,26 @@ def plot_cats(rows: dict):
     return gallery([[(image, "") for image in line] for line in images[:48].split(12)])
 
 
-def plot_curves(question: str, wanted: tuple, tasks: tuple, rows: dict):
-    """The running average over the updates, the mean over photos, for each of the wanted rows and tasks."""
-    panels = {}
-    for task in tasks:
-        found = {row: [job.result()["curve"][:, 0].cpu() for label, job in rows[question]
-                       if (label, job.task, job.size) == (row, task, 96)] for row in wanted}
-        panels[task] = {row: (range(1, 1 + len(curves[0])), torch.stack(curves).mean(0))
-                        for row, curves in found.items() if curves}
-    return lines(panels, "DIP updates", "PSNR of the running average, dB")
-
-
-def plot_risk(rows: dict):
-    panels = {}
-    for job in [job for row, job in rows["stop"] if (row, job.task, job.seed) == ("pair", "noise 25", 0)]:
-        result = job.result()
-        estimated = -10 * result["risks"].cpu().clamp(min=1e-5).log10()
-        panels[f"{job.photos[0]}: stopped at {result['records'][0]['step']}"] = {
-            name: (range(1, 1 + len(y)), y) for name, y in (("truth", result["curve"][:, 0].cpu()),
-                                                            ("estimated from the noisy photo alone", estimated))}
-    return lines(panels, "updates of the pair", "PSNR, dB")
-
-
-def plot_stages(rows: dict):
-    result = dict(reversed(rows["stop"]))["four pairs"].result()
-    found = {record["rule"] or "combined": f"{record['psnr']:.2f} dB" for record in result["records"]}
-    pictures = [(result["images"]["measured"][0], "measured")]
-    pictures += [(result["images"][name.replace("combined", "")][0], f"{name}: {psnr}") for name, psnr in found.items()]
-    return gallery([pictures])
-
-
-def plot_training(rows: dict):
-    q, updates = Query({"train": records_of(rows["train"])}), [steps_of(model) for model in CATS]
-    found = {way: [q("psnr", "train", row=f"from {way}, {n}").mean for n in updates] for way in ("noise", "interpolation", "DIP")}
-    found = {f"started from {way}": (list(map(int, (n.split()[0] for n in updates))), y) for way, y in found.items()}
-    return lines({"32 cats, large hole": found}, "training updates of the model", "PSNR, dB", xscale="log")
-
-
-FIGURES = {"answer": plot_answer, "cats": plot_cats, "risk": plot_risk, "stages": plot_stages, "training": plot_training,
+FIGURES = {"answer": plot_answer, "cats": plot_cats, "risk": plot_risk,
            "rise": functools.partial(plot_curves, "dip", ("dip",), NOISY + HIDDEN[:1]),
            "guide": functools.partial(plot_curves, "guide", ("regularised", "no model", "neither"), FIVE[:3])}
 
 
 # ------------------------------------------------------------------------------------------------ the report
 
-def out_of(scale: str) -> Path:
-    return ROOT / ("out" if scale == "full" else f"out-{scale}")
-
-
-def put(path: Path, text: str) -> None:
-    """Write a text where it has changed."""
-    if not path.exists() or path.read_text() != text:
-        write(path, lambda temporary: temporary.write_text(text))
-
-
-def make_all(scale: str = "full", jobs: int = os.cpu_count() or 1, reuse: bool = False) -> None:
-    """Compute what is missing, then records, figures and report. reuse: trust committed records whose keys
-    fit.
-    """
-    out, rows, committed = out_of(scale), rows_of(scale), {}
-    for path in out.glob("*.json") if reuse else ():
+def make_all(scale: str = "full", jobs: int = 0, reuse: bool = False) -> None:
+    """Compute what is missing, then records, figures, report. reuse: trust committed records that fit."""
+    rows, committed = rows_of(scale), {}
+    for path in OUT[scale].glob("*.json") if reuse else ():
         for record in json.loads(path.read_text())["records"]:
             committed.setdefault(record["key"], []).append(record)
-    compute([job for asked in rows.values() for _, job in asked if job.key not in committed], jobs)
-    machine = {"device": DEVICE.type, "cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version()}
+    todo = [job for asked in rows.values() for _, job in asked if job.key not in committed]
+    compute(todo, jobs or os.cpu_count())
+    machine = {"device": DEVICE.type, "cores": os.cpu_count(), "torch": torch.__version__}
     for question, asked in rows.items():
-        text = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records_of(asked, committed))
-        put(out / f"{question}.json", f'{{"machine": {json.dumps(machine)}, "records": [\n{text}\n]}}\n')
+        lines = [json.dumps(record, ensure_ascii=False) for record in records_of(asked, committed)]
+        text = f'{{"machine": {json.dumps(machine)}, "records": [\n' + ",\n".join(lines) + "\n]}\n"
+        write(OUT[scale] / f"{question}.json", text)
     make_figures(scale)
     make_report(scale)
 
@@ -1220,25 +1081,24 @@ def make_figures(scale: str = "full") -> None:
         except FileNotFoundError:
             print(f"{name}.png stays as it is: .cache does not have its jobs")
             continue
-        write(out_of(scale) / f"{name}.png", lambda path: figure.savefig(path, dpi=100, metadata={"Software": None}))
-        plt.close(figure)
+        write(OUT[scale] / f"{name}.png", lambda path: figure.savefig(path, metadata={"Software": None}))
+
+
+FORMATS = {"psnr": 2, "ssim": 3, "gap": 3, "last": 2, "seconds": 1, "updates": 0, "evaluations": 0,
+           "diversity": 4, "target_psnr": 2, "fidelity": 3, "frechet": 2, "least": 2, "unseen": 2}
 
 
 def make_report(scale: str = "full") -> None:
     """Render REPORT.md and out/TABLES.md from the records in out/, without computing."""
-    out = out_of(scale)
-    q = read_records(out, rows_of(scale))
-    text = render((ROOT / "REPORT.in.md").read_text(), q, check=scale == "full")
-    put(*((ROOT / "REPORT.md", text) if scale == "full" else (out / "REPORT.md", text.replace("](out/", "]("))))
-    columns = {title: f"{title}:{spec}" for title, spec in (("psnr", ".2f"), ("ssim", ".3f"), ("gap", ".3f"), ("last", ".2f"),
-        ("seconds", ".1f"), ("updates", ".0f"), ("evaluations", ".0f"), ("diversity", ".4f"), ("fidelity", ".3f"), ("frechet", ".2f"), ("least", ".2f"))}
-    parts = ["# Every row in full", "Means over photographs [95 % intervals, photographs resampled]; written by `make report`."]
+    q, columns = read_records(scale), {name: f"{name}:.{digits}f" for name, digits in FORMATS.items()}
+    text = render((ROOT / "REPORT.in.md").read_text(), q, check_claims=scale == "full")
+    write(ROOT / "REPORT.md" if scale == "full" else OUT[scale] / "REPORT.md", text)
+    parts = ["# Every row in full", "Means over photographs [95 % intervals]; written by `make report`."]
     for question, ask in QUESTIONS.items():
         parts.append(f"## {question}: {ask.__doc__}")
         for task in dict.fromkeys(record["task"] for record in q.records[question]):
             parts += [f"### {task or 'pictures from noise'}", q.table(question, columns, task=task)]
-    put(out / "TABLES.md", "\n\n".join(parts) + "\n")
-    print("REPORT.md and TABLES.md rendered")
+    write(OUT[scale] / "TABLES.md", "\n\n".join(parts) + "\n")
 
 
 # -------------------------------------------------------------------------------------------- a user's photo
@@ -1247,70 +1107,59 @@ PIXELS = 4_000_000
 
 
 def read_image(path: str) -> Tensor:
-    """Any PNG, JPEG, WebP or TIFF as (1, 1 or 3, H, W) in [0, 1]; turned as its EXIF says, transparency over
-    white.
-    """
+    """PNG, JPEG, WebP, TIFF → (1, 1 or 3, H, W) in [0, 1]; EXIF turned, transparency over white."""
     try:
         image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
-            pixels = torch.from_numpy(np.asarray(image).astype(np.float32))[None, None] / (1 if image.mode == "F" else 65535)
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        if image.mode.startswith(("I", "F")):
+            pixels = to_tensor(np.asarray(image, np.float32) / (1 if image.mode == "F" else 65535) * 255)
         else:
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            pixels = to_tensor(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+            pixels = to_tensor(image.convert("L" if image.mode in ("1", "L") else "RGB"))
     except FileNotFoundError:
         raise Refusal(f"there is no file {path}: check the name")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise Refusal(f"{path} cannot be read as an image ({error}): convert it to PNG or JPEG")
-    if not (pixels.isfinite().all() and 0 <= pixels.min() and pixels.max() <= 1):
-        raise Refusal(f"{path} has pixels that are not numbers in [0, 1]: convert it to an 8- or 16-bit image")
-    if min(pixels.shape[-2:]) < 16 or pixels[0, 0].numel() > PIXELS:
-        raise Refusal(f"{path} has {pixels.shape[-1]} × {pixels.shape[-2]} pixels: sides of at least 16 and at most "
-                      f"{PIXELS:,} pixels in all can be restored; resize it")
+    height, width = pixels.shape[-2:]
+    check(pixels.isfinite().all() and 0 <= pixels.min() and pixels.max() <= 1,
+          f"{path} has pixels that are not numbers in [0, 1]: convert it to an 8- or 16-bit image")
+    check(min(height, width) >= 16 and height * width <= PIXELS,
+          f"{path} has {width} × {height} pixels: resize it, to sides of 16 and {PIXELS:,} in all at most")
     return pixels
 
 
 def number(text: str, name: str, low: float, high: float) -> float:
-    try:
-        if low <= float(text) <= high:
-            return float(text)
-    except ValueError:
-        pass
-    raise Refusal(f"{name}={text} is not a number from {low:g} to {high:g}")
+    fits = re.fullmatch(r"[\d.eE+-]+", text) and text.count(".") < 2 and low <= float(text) <= high
+    check(fits, f"{name}={text} is not a number from {low:g} to {high:g}")
+    return float(text)
 
 
 def users_problem(image: str, task: str, sigma: str, mask: str, factor: str) -> dip.Problem:
     """What the user measured."""
-    if not image or task not in ("denoise", "inpaint", "superres"):
-        raise Refusal(f"restore needs IMAGE=… and TASK=denoise, inpaint or superres, got IMAGE={image} TASK={task}")
+    check(image and task in ("denoise", "inpaint", "superres"),
+          f"restore needs IMAGE=… and TASK=denoise, inpaint or superres, got IMAGE={image} TASK={task}")
     y = read_image(image).to(DEVICE)
     if task == "denoise":
         level = number(sigma, "SIGMA", 0.5, 255) / 255 if sigma else metrics.noise_level(y)
         print(f"noise: sigma {255 * level:.1f} of 255" + ("" if sigma else " (estimated)"))
-        if level < 0.5 / 255:
-            raise Refusal("no noise was found in this photo: give SIGMA=… (in 0…255) if there is some")
+        check(level >= 0.5 / 255, "no noise was found in this photo: give SIGMA=… (0…255) if there is some")
         return dip.Problem(y, dip.identity(), level)
     if task == "superres":
         k = int(number(factor or "2", "FACTOR", 2, 8))
-        if y[0, 0].numel() * k * k > PIXELS:
-            raise Refusal(f"the result would have more than {PIXELS:,} pixels: choose a smaller FACTOR or photo")
+        check(y[0, 0].numel() * k ** 2 <= PIXELS, f"more than {PIXELS:,} pixels: take a smaller FACTOR")
         return dip.Problem(y, dip.downsample(k))
-    if not mask:
-        raise Refusal("inpaint needs MASK=…, an image of the same size that is white where pixels are known")
+    check(mask, "inpaint needs MASK=…, an image of the same size that is white where pixels are known")
     known = (read_image(mask).mean(1, keepdim=True) > 0.5).float().to(DEVICE)
-    if known.shape[-2:] != y.shape[-2:]:
-        raise Refusal(f"the mask has {known.shape[-1]} × {known.shape[-2]} pixels and the photo {y.shape[-1]} × "
-                      f"{y.shape[-2]}: make them equal")
-    if known.mean() in (0, 1):
-        raise Refusal(f"the mask is all {'white: nothing is missing' if known.mean() else 'black: nothing is known'}; "
-                      "it must be white where pixels are known and black where they are missing")
+    check(known.shape[-2:] == y.shape[-2:], "the mask and the photo differ in size: make them equal")
+    check(known.mean() < 1, "the mask is all white, nothing is missing: paint what is missing black")
+    check(known.mean() > 0, "the mask is all black, nothing is known: paint what is known white")
     return dip.Problem(y * known, dip.mask(known))
 
 
 def users_target(out: str, default: Path) -> Path:
     target = Path(out) if out else default
-    if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or not target.parent.is_dir():
-        raise Refusal(f"cannot write {target}: OUT needs an existing folder and the ending .png, .jpg or .webp")
+    check(target.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and target.parent.is_dir(),
+          f"cannot write {target}: OUT needs an existing folder and the ending .png, .jpg or .webp")
     return target
 
 
@@ -1318,10 +1167,8 @@ def users_model(images: str, steps: int) -> Job:
     """The photo model, or one of the user's own images."""
     if not images:
         return PHOTOS[-1]
-    if not Path(images).is_dir() or not images_in(images):
-        raise Refusal(f"{images} is not a folder with images (PNG, JPEG, WebP or TIFF): give IMAGES=folder")
-    if not training_photos(images):
-        raise Refusal(f"no image in {images} has sides of at least 64 pixels: add larger ones")
+    check(Path(images).is_dir() and images_in(images), f"no images in a folder {images}: give IMAGES=folder")
+    check(training_photos(images), f"no image in {images} has sides of at least 64 pixels: add larger ones")
     stamp = sha([(path.name, path.stat().st_size) for path in images_in(images)])
     return chain(str(Path(images).resolve()), steps or 1250, stamp=stamp)[-1]
 
@@ -1331,49 +1178,42 @@ def train_on(images: str = "", out: str = "", train_steps: int = 0) -> None:
     target = users_target(out, Path("samples.png"))
     drawn = job("sample", "photos", model=users_model(images or "IMAGES", train_steps), n=16, steps=20)
     compute([drawn], 1)
-    sheet = drawn.result()["images"].unflatten(0, (4, 4)).permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2, 3)
-    save_picture(sheet[None] / 255, target)
+    lines = [torch.cat(list(line), -1) for line in drawn.result()["images"].split(4)]
+    save_picture(torch.cat(lines, -2)[None] / 255, target)
     print(f"{target} written; restore with METHOD=diffusion IMAGES={images}")
 
 
-def restore(image: str = "", task: str = "", method: str = "dip", sigma: str = "", mask: str = "", factor: str = "",
-            out: str = "", images: str = "", samples: str = "", steps: int = 0, train_steps: int = 0) -> None:
-    """Restore a photo from a file by a method of METHODS; writes the result and a before/after picture
-    beside it.
-    """
+def restore(image="", task="", method="dip", sigma="", mask="", factor="", out="", images="", samples="",
+            steps=0, train_steps=0) -> None:
+    """Restore a photo by a method of METHODS; the result and a before/after picture go beside it."""
     problem, began = users_problem(image, task, sigma, mask, factor), time.perf_counter()
-    fitting = {name: known.about for name, known in METHODS.items() if known.noise in (None, problem.sigma > 0)}
-    if method not in fitting:
-        raise Refusal(f"METHOD={method} is not a method for TASK={task}: choose " + ", ".join(
-            f"{name} ({about})" for name, about in fitting.items()))
-    target, count = users_target(out, Path(image).with_name(f"{Path(image).stem}-restored.png")), number(samples or "1", "SAMPLES", 1, 64)
-    problem = problem._replace(y=problem.y.repeat_interleave(int(count), 0))
-    found = for_user(method, problem, {"steps": steps} if steps else {}, lambda: users_model(images, train_steps))
-    if "expected" in found.facts:
-        print(f"expected PSNR {-10 * math.log10(max(found.facts['expected'][0], 1e-6)):.1f} dB")
+    about = {name: known.about for name, known in METHODS.items() if known.noise in (None, problem.sigma > 0)}
+    check(method in about, f"METHOD={method} is not a method for TASK={task}: choose "
+          + ", ".join(f"{name} ({text})" for name, text in about.items()))
+    target = users_target(out, Path(image).with_name(f"{Path(image).stem}-restored.png"))
+    count = int(number(samples or "1", "SAMPLES", 1, 64))
+    problem = problem._replace(y=problem.y.repeat_interleave(count, 0))
+    settings = {"steps": steps} if steps else {}
+    found = for_user(method, problem, settings, lambda: users_model(images, train_steps))
     mean, before = found.image.mean(0, keepdim=True), problem.operator.pinv(problem.y[:1])
     written = {"": mean, "-before-after": torch.cat([before, torch.ones_like(mean[..., :8]), mean], -1)}
     written |= {f"-{i + 1}": sample[None] for i, sample in enumerate(found.image) if count > 1}
     for ending, picture in written.items():
         save_picture(picture, target.with_name(f"{target.stem}{ending}{target.suffix}"))
+    if "expected" in found.facts:
+        print(f"expected PSNR {-10 * math.log10(max(found.facts['expected'][0], 1e-6)):.1f} dB")
     print(f"{target} written, with its comparison, {time.perf_counter() - began:.0f} s")
 
 
-def for_user(method: str, problem: dip.Problem, settings: dict, model: Callable, start: int = 0) -> dip.Restoration:
-    """What a method delivers, after the methods that it builds on, with progress bars; a model is trained if
-    needed.
-    """
+def for_user(method: str, problem: dip.Problem, settings: dict, model: Callable, start=0) -> dip.Restoration:
+    """What a method delivers, after the methods that it builds on; a model is trained if needed."""
     experts = [for_user(expert, problem, settings, model, **more) for expert, more in METHODS[method].experts]
     trained = model() if "model" in names(method) and METHODS[method].settings.get("evaluations", 1) else None
-    if trained and not trained.done():
-        print("no trained model yet: training it once, some minutes; it is kept in .cache")
-        compute([trained], 1)
+    compute([trained] if trained else [], 1)
     settings = {name: value for name, value in settings.items() if name in names(method)}
     tools, _ = toolbox(problem, starting(problem, 0, start), trained, settings)
-    bar = tqdm(perform(method, problem, tools | {"experts": experts}, settings), desc=method)
-    for found in bar:
-        facts = {name: value[0] if isinstance(value, list) else value for name, value in found.facts.items()}
-        bar.set_postfix({name: f"{value:.4g}" for name, value in facts.items() if not isinstance(value, list)}, refresh=False)
+    for found in tqdm(perform(method, problem, tools | {"experts": experts}, settings), desc=method):
+        pass
     return found
 
 
@@ -1384,52 +1224,22 @@ def save_picture(x: Tensor, path: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------- command line
 
-def bench() -> None:
-    """Milliseconds a step and GFLOP/s on one thread, beside the same machine's matrix product."""
-    from torch.utils.flop_counter import FlopCounterMode
-    g, matrix, x = torch.Generator().manual_seed(0), torch.rand(1024, 1024), torch.rand(2, 1, 3, 512, 512)
-
-    def hourglass(size, copies=1, **options):
-        problem = dip.Problem(torch.rand(1, 3, size, size, device=DEVICE), dip.identity())
-        return functools.partial(next, dip.fit(problem.y.expand(copies, -1, -1, -1), lambda image: image,
-                                               *fresh(problem, g, copies, **options), 99, g))
-
-    def training(data):
-        widths, batch, lr = recipe(data)
-        return functools.partial(next, ddpm.train(ddpm.UNet(3, widths).to(DEVICE), ddpm.cosine(), batch, ddpm.v_head, 99, g))
-    original = {"widths": (128,) * 5, "upsample": "bilinear", "padding": "reflect"}
-    work = {"matrix product 1024": lambda: matrix @ matrix, "U-Net training step, cats": training("cats"),
-            "U-Net training step, photos": training("photos"), "SSIM 512×512 colour": lambda: metrics.ssim(*x),
-            **{f"DIP update {size}×{size}, {n} as one": hourglass(size, n) for size, n in ((32, 1), (32, 16), (96, 1), (96, 2))},
-            "DIP update 128×128, original network": hourglass(128, **original)}
-    for name, step in work.items():
-        step()
-        with FlopCounterMode(display=False) as counter:
-            step()
-        best = min(timeit.repeat(step, number=1, repeat=5))
-        print(f"{name:40s} {1000 * best:8.1f} ms {counter.get_total_flops() / best / 1e9:8.1f} GFLOP/s")
-
-
 def command_line() -> None:
-    """A command for each of six functions, an option for each of their arguments."""
-    commands = {"all": make_all, "report": make_report, "figures": make_figures, "bench": bench, "train": train_on,
-                "restore": restore}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    chosen = parser.add_subparsers(dest="command", required=True)
-    for name, run in commands.items():
-        command = chosen.add_parser(name, help=run.__doc__, description=run.__doc__)
-        for option in inspect.signature(run).parameters.values():
-            how = {"action": "store_true"} if option.default is False else {"type": type(option.default), "default": option.default}
-            command.add_argument(f"--{option.name.replace('_', '-')}", **how)
-    options = vars(parser.parse_args())
+    """python experiments.py COMMAND [name=value …], the arguments of one of five functions."""
+    commands = {"all": make_all, "report": make_report, "figures": make_figures} | {
+        "train": train_on, "restore": restore}
     # One thread: two programs of two threads each would wait for one another in busy loops.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
-        commands[options.pop("command")](**options)
-    except Refusal as refusal:
-        sys.exit(f"error: {refusal}")
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted")
+        command, *given = sys.argv[1:] or [""]
+        check(command in commands, f"{command or 'nothing'} is not a command: choose {', '.join(commands)}")
+        known = inspect.signature(commands[command]).parameters
+        options = dict(text.partition("=")[::2] for text in given)
+        check(set(options) <= set(known), f"{command} takes {'=…, '.join(known)}=…, got {', '.join(given)}")
+        # an empty value is the default, as in `make restore` without SIGMA
+        commands[command](**{name: type(known[name].default)(text) for name, text in options.items() if text})
+    except (Refusal, KeyboardInterrupt, ValueError) as error:
+        sys.exit(f"error: {error or 'interrupted'}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import math
 from typing import Callable, Iterator, NamedTuple, Optional, Sequence
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 import ddpm
@@ -34,8 +35,7 @@ class Link(NamedTuple):
 
 
 def noising_chain(y: Tensor, sigma: float, ratios: Sequence[float], generator: torch.Generator) -> list[Link]:
-    """The forward process continued from y to S = ratio · sigma: nested, q_k = q_{k−1} + s_k ξ_k, never
-    drawn anew from y.
+    """The forward process continued from y to S = ratio · sigma, nested: q_k = q_{k−1} + s_k ξ_k.
 
     Raises ValueError unless the ratios are positive and rise.
     """
@@ -50,25 +50,26 @@ def noising_chain(y: Tensor, sigma: float, ratios: Sequence[float], generator: t
     return chain
 
 
+def equal_steps(s: ddpm.Schedule, sigma: float, n: int = 4, high: float = 2.0, low: float = 0.25) -> tuple:
+    """The ratios S/σ of n states, from `high` to `low`, that are equally many steps of a schedule apart."""
+    ends = [ddpm.step_of(s, sigma * math.hypot(1, ratio)) for ratio in (high, low)]
+    levels = [ddpm.noise_level(s)[round(t)].item() for t in torch.linspace(*ends, n).tolist()]
+    return tuple(round(math.sqrt((level / sigma) ** 2 - 1), 2) for level in levels)
+
+
 def recorrupted_target(y: Tensor, sigma: float, link: Link) -> Tensor:
-    """c = y − (σ²/S²)(q − y): given x, independent of q and of every later link (one link: Pang et al.
-    2021).
-    """
+    """c = y − (σ²/S²)(q − y): given x, independent of q and of all later links (Pang et al. 2021)."""
     return y - (sigma / link.S) ** 2 * (link.q - y)
 
 
 def risk(f: Tensor, y: Tensor, sigma: float, link: Link) -> float:
-    """‖f − c‖²/d − σ²(1 + σ²/S²): unbiased for ‖f − x‖²/d if f was made of q and of later links alone, in
-    any way.
-    """
+    """‖f − c‖²/d − σ²(1 + σ²/S²): unbiased for ‖f − x‖²/d if f was made of q and later links alone."""
     own_noise = sigma ** 2 * (1 + (sigma / link.S) ** 2)
     return (f - recorrupted_target(y, sigma, link)).square().mean().item() - own_noise
 
 
 def opposite(y: Tensor, link: Link) -> Link:
-    """The link with the opposite noise, y − Sξ: just as likely, and in the mean of both ξ cancels to first
-    order.
-    """
+    """The link with the opposite noise, y − Sξ: just as likely; in the mean of both ξ cancels."""
     return link._replace(q=2 * y - link.q)
 
 
@@ -157,11 +158,10 @@ def antithetic_pair(problem: Problem, fresh: Callable, generator: torch.Generato
 def one_sided_sure(problem: Problem, fresh: Callable, generator: torch.Generator, *, ratio: float = 0.25,
                    patience: int = 15, steps: int = 2000, watch: bool = False, **options
                    ) -> Iterator[Restoration]:
-    """The nearest relative, for comparison: Monte-Carlo SURE (Ramani, Blu & Unser 2008) along a plain fit to
-    y.
+    """Monte-Carlo SURE (Ramani, Blu & Unser 2008) along a plain fit to y, for comparison; one image at a
+    time.
 
-    A second fit, from the same start with the same jitter, to y + Sξ gives the divergence; the first is
-    delivered. One image at a time.
+    A second fit, from the same start with the same jitter, to y + Sξ gives the divergence.
     """
     y, sigma, twin = problem.y, problem.sigma, torch.Generator()
     link, = noising_chain(y, sigma, [ratio], generator)
@@ -235,10 +235,9 @@ def averaged(problem: Problem, experts: Sequence[Restoration]) -> Iterator[Resto
 # ------------------------------------------------------------------------------------ measurements kept back
 
 def scattered(problem: Problem, generator: torch.Generator, share: float = 0.05) -> Tensor:
-    """(1, 1, h, w), 1 for about `share` of the measurements, drawn at random, and for at least one.
+    """(1, 1, h, w), 1 for about `share` of the measurements, at random, and for at least one.
 
-    Raises ValueError where nothing was measured.
-    """
+    Raises ValueError where nothing was measured."""
     known = problem.known
     if not known.any():
         raise ValueError("nothing is known of this image: give a mask that leaves some pixels")
@@ -249,24 +248,20 @@ def scattered(problem: Problem, generator: torch.Generator, share: float = 0.05)
 
 
 def depth(missing: Tensor) -> int:
-    """How many layers of pixels can be peeled off the widest hole; missing: (1, 1, h, w), 0 or 1; all 1:
-    none can.
-    """
+    """Layers of pixels that can be peeled off the widest hole; missing: (1, 1, h, w), 0 or 1."""
     layers = 0
     while missing.any() and not missing.all():
-        missing = -torch.nn.functional.max_pool2d(-missing, 3, 1, 1)
+        missing = -nn.functional.max_pool2d(-missing, 3, 1, 1)
         layers += 1
     return layers
 
 
 def squares_beside(known: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """(1, 1, h, w), 1 in a few squares of known pixels close to what is missing; all 0 where none fits.
-
-    They hide about a twentieth of what is known, two squares at least.
-    """
-    pool, unseen = torch.nn.functional.max_pool2d, torch.zeros_like(known)
+    """(1, 1, h, w), 1 in a few squares of known pixels close to what is missing; all 0 where none fits."""
+    pool, unseen = nn.functional.max_pool2d, torch.zeros_like(known)
     near = known * pool(1 - known, 2 * side + 1, 1, side)
     corners = (-pool(-near, side, 1)).nonzero()
+    # about a twentieth of what is known, two squares at least
     count = max(2, round(0.05 * known.sum().item() / side ** 2))
     for k in torch.randperm(len(corners), generator=generator)[:count]:
         row, column = corners[k][-2:]
@@ -275,11 +270,11 @@ def squares_beside(known: Tensor, side: int, generator: torch.Generator) -> Tens
 
 
 def kept_back(problem: Problem, generator: torch.Generator) -> Tensor:
-    """1 for the measurements that a fit is not to see, so that they can judge it, (1, 1, h, w).
+    """(1, 1, h, w), 1 for the measurements that a fit is not to see, so that they can judge it.
 
     A pixel alone in its neighbourhood says little about a hole: what is far from all that is known is harder
     to guess. So beside a hole of more than ten pixels whole squares are kept back, half as wide as the hole
-    is deep; elsewhere single measurements, scattered.
+    is deep; elsewhere single measurements.
     """
     known = problem.known
     side = min(depth(1 - known), int(math.sqrt(0.05 * known.sum().item())))
@@ -292,8 +287,7 @@ def kept_back(problem: Problem, generator: torch.Generator) -> Tensor:
 
 def held_out(problem: Problem, fresh: Callable, generator: torch.Generator, *, steps: int = 2000,
              **options) -> Iterator[Restoration]:
-    """DIP on all but a twentieth of the measurements, which say when to stop: needs neither σ nor the truth.
-    """
+    """DIP, stopped by a twentieth of the measurements that it does not see: needs neither σ nor the truth."""
     unseen = scattered(problem, generator)
     rules = {"": lambda p: dip.HeldOut(p, unseen)}
     yield from dip.deep_image_prior(problem, fresh, generator, steps=steps, unseen=unseen, rules=rules,
@@ -302,9 +296,7 @@ def held_out(problem: Problem, fresh: Callable, generator: torch.Generator, *, s
 
 def judged(problem: Problem, generator: torch.Generator, make: Callable[[Problem], Tensor]
            ) -> Iterator[Restoration]:
-    """An image made by a formula (problem → image), and the error of the formula on measurements kept back
-    from it.
-    """
+    """An image by a formula (problem → image), and its error on measurements kept back from it."""
     unseen = kept_back(problem, generator)
     error = problem.error_on(unseen, make(problem.without(unseen)))
     yield Restoration(problem.consistent(make(problem)), {"error": error})
@@ -313,9 +305,7 @@ def judged(problem: Problem, generator: torch.Generator, make: Callable[[Problem
 # ---------------------------------------------------------------------------------- DIP in the reverse chain
 
 def start_step(s: ddpm.Schedule, error: float, kappa: float = 1.0) -> int:
-    """The step with σ_t = κ √error, where `error` is the (estimated) mean squared error of the image that
-    enters.
-    """
+    """The step with σ_t = κ √error, for an image with that (estimated) mean squared error."""
     return ddpm.step_of(s, kappa * math.sqrt(max(error, 0.0)))
 
 
@@ -349,10 +339,7 @@ def agree(problem: Problem, v: Tensor) -> Refine:
 
 
 def fuse(g: Tensor, share: Callable[[int], Tensor | float]) -> Refine:
-    """The guess and an image g in [0, 1] averaged: (1 − w) x̂₀ + w g, with w = share(t).
-
-    Moving the guess moves the noise estimate, ε̃ = (x_t − √ᾱ x̃₀)/√(1−ᾱ).
-    """
+    """(1 − w) x̂₀ + w g, w = share(t), g in [0, 1]; the noise estimate (x_t − √ᾱ x̃₀)/√(1−ᾱ) moves along."""
     def refine(x0_hat: Tensor, t: int) -> Tensor:
         w = share(t)
         return (1 - w) * x0_hat + w * ddpm.to_diffusion(g)
@@ -360,17 +347,13 @@ def fuse(g: Tensor, share: Callable[[int], Tensor | float]) -> Refine:
 
 
 def inverse_variance(a, b):
-    """The weight of the second of two estimates with independent errors a and b that makes the error least:
-    a/(a + b).
-    """
+    """a/(a + b): the best weight of the second of two estimates with independent errors a, b."""
     return a / (a + b)
 
 
 def fitted_again(problem: Problem, net, z: Tensor, updates: int, generator: torch.Generator, weight: float,
                  **options) -> Refine:
-    """Intermediate priors: DIP is fitted for `updates` more, to y and to the guess, and its image becomes
-    the guess.
-    """
+    """Intermediate priors: DIP takes `updates` more, to y and to the guess; its image becomes the guess."""
     def refine(x0_hat: Tensor, t: int) -> Tensor:
         guess = ddpm.to_image(x0_hat).detach()
 
@@ -398,10 +381,7 @@ def reverse(f: Tensor, model: ddpm.Model, t: int, evaluations: int, generator: t
 
 def diffusion(problem: Problem, model: ddpm.Model, generator: torch.Generator, *, evaluations: int = 0,
               eta: float = 0.85) -> Iterator[Restoration]:
-    """The model alone. A noisy y is a state of the chain: `evaluations` (default 4) from there.
-
-    Without noise: `evaluations` (default 50) from pure noise, with data consistency (DDNM) and noise `eta`.
-    """
+    """The model alone. Noisy y: 4 evaluations of DDIM from its own step; else 50 from pure noise (DDNM)."""
     denoise, s, v = model
     if problem.sigma:
         yield Restoration(ddpm.denoise_photo(denoise, s, problem.y, problem.sigma, evaluations or 4))
@@ -424,9 +404,8 @@ def warm_start(problem: Problem, model: ddpm.Model, generator: torch.Generator,
                eta: float = 0.0, guide: bool = False) -> Iterator[Restoration]:
     """A finished image f starts the chain late (SDEdit, Meng et al. 2022; CCDF, Chung, Sim & Ye 2022).
 
-    t: the start step; 0: where σ_t is κ times the error of f by its own account (`error` or `risk`). guide:
-    at every step the guess is also averaged with f by inverse variance, v(t) against that error.
-    """
+    t: the start step; 0: where σ_t is κ times the error of f by its own account (`error` or `risk`).
+    guide: each guess is also averaged with f by inverse variance, v(t) against that error."""
     f, facts = experts[0].image, experts[0].facts
     errors = torch.tensor(facts.get("error") or facts["risk"], device=f.device).clamp(min=1e-9)
     t = t or start_step(model.schedule, errors.mean().item(), kappa)
@@ -511,3 +490,36 @@ def regularised(problem: Problem, model: Optional[ddpm.Model], fresh: Callable, 
     fitted = dip.fit(problem.y, problem.operator.A, *fresh(problem, generator), steps, generator,
                      floor=floor * problem.sigma ** 2, penalty=penalty if weight else None, **options)
     yield from dip.follow(problem, fitted, {"": [dip.FixedBudget(steps) for _ in problem.y]})
+
+
+# --------------------------------------------------------------------------------------------- further terms
+
+def perceptual(problem: Problem, network: ddpm.UNet, s: ddpm.Schedule) -> Callable:
+    """Penalty: features of a diffusion model's first layers, of the image and of y, at y's own noise level.
+    """
+    t = torch.tensor([ddpm.step_of(s, problem.sigma)], device=problem.y.device)
+    emb = network.embed(ddpm.time_features(t, network.embed[0].in_features)).detach()
+
+    def features(image: Tensor) -> Tensor:
+        xt = ddpm.at(s.alpha_bar.sqrt(), t, image) * ddpm.to_diffusion(image)
+        return network.down[0](network.enter(xt), emb)
+    target = features(problem.y).detach()
+    unit = 0.3 * problem.sigma ** 2 / target.var().item()
+    return lambda images, i: unit * (features(images) - target).square().mean((1, 2, 3)).sum()
+
+
+def adversarial(problem: Problem, draw: Callable[[], Tensor]) -> Callable:
+    """Penalty: a small critic learns to tell real patches, draw() → (n, 3, h, w), from images, DIP to fool
+    it.
+    """
+    critic = nn.Sequential(nn.Conv2d(3, 32, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(32, 64, 4, 2, 1),
+                           nn.LeakyReLU(0.2), nn.Conv2d(64, 1, 3)).to(problem.y.device)
+    optimiser, softplus = torch.optim.Adam(critic.parameters(), 1e-3, (0.5, 0.9)), nn.functional.softplus
+
+    def penalty(images: Tensor, i: int) -> Tensor:
+        optimiser.zero_grad()
+        lost = softplus(-critic(draw().to(images.device))).mean() + softplus(critic(images.detach())).mean()
+        lost.backward()
+        optimiser.step()
+        return 0.01 * problem.sigma ** 2 * softplus(-critic(images)).mean() * len(images)
+    return penalty

@@ -1,262 +1,651 @@
-"""Hybrids: unbiased error meters by Monte Carlo, limits in which a hybrid is one of its parents."""
+"""Hybrids: unbiased risks by Monte Carlo, exact models, limits in which a hybrid is one of its parents."""
+import itertools
 import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
+from torch.nn import functional
 
 import ddpm
 import dip
 import hybrid
 
-SCHEDULE = ddpm.cosine(1000)
-SIGMA = 0.2
+SCHEDULE, SIGMA, QUICK = ddpm.cosine(1000), 0.2, {"lr": 0.05, "decay": 0.5}
+MEAN, STD = 0.2, 0.5
 
 
 def gen(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def steps_for(*ratios, sigma=SIGMA):
-    return [ddpm.step_of(SCHEDULE, sigma * math.sqrt(1 + r * r)) for r in ratios]
+def rand(*shape, seed=0):
+    return torch.rand(shape, generator=gen(seed))
 
 
-def many_chains(n, ratios=(0.5, 1.0, 2.0), shape=(1, 1, 2, 3), seed=0):
-    """n independent photos y of one image and a chain for each, stacked along the batch: every pixel is one more experiment."""
-    x = torch.rand(shape, generator=gen(seed), dtype=torch.float64).expand(n, *shape[1:])
-    g = gen(seed + 1)
-    y = x + SIGMA * torch.randn(x.shape, generator=g, dtype=torch.float64)
-    return x, y, hybrid.noising_chain(y, SIGMA, SCHEDULE, steps_for(*ratios), g)
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=gen(seed), dtype=torch.float64)
 
 
-# ------------------------------------------------------------------------------------------------ noising chain
-
-def test_links_sit_at_their_steps_of_the_forward_process():
-    x, y, chain = many_chains(20000)
-    for link in chain:
-        total = ddpm.noise_level(SCHEDULE)[link.t].item()
-        assert math.hypot(SIGMA, link.S) == pytest.approx(total, abs=1e-12)
-        assert (link.q - x).std().item() == pytest.approx(total, rel=0.01)
+def fresh(problem, generator, copies=1):
+    """Small networks, `copies` for each image of the problem, and their inputs."""
+    n, (channels, *size) = copies * len(problem.y), problem.shape[1:]
+    torch.manual_seed(int(torch.randint(2 ** 31, (1,), generator=generator)))
+    net = dip.Hourglass(4, channels, (8, 8), upsample="nearest", padding="zeros", copies=n)
+    return net, torch.cat([dip.random_input(size, generator, 4) for _ in range(n)])
 
 
-def test_complement_is_independent_of_the_whole_noisier_tail():
-    """Jointly Gaussian, so uncorrelated is independent: Cov(q_j − x, c_k − x) = 0 for every j ≥ k, and not for j < k."""
-    x, y, chain = many_chains(100000, shape=(1, 1, 1, 1))
-    for k, link in enumerate(chain):
-        c = hybrid.complement(y, SIGMA, link) - x
-        assert c.std().item() == pytest.approx(SIGMA * math.sqrt(1 + (SIGMA / link.S) ** 2), rel=0.02)
+class Pixels(torch.nn.Module):
+    """A network without structure: its only weights are the image, and its input is added brightness."""
+    def __init__(self, start):
+        super().__init__()
+        self.image = torch.nn.Parameter(start.clone())
+
+    def forward(self, z):
+        return self.image + z
+
+
+def pixels(problem, generator, copies=1):
+    """Free pixels in the place of networks; they start grey."""
+    start = torch.full((copies * len(problem.y), *problem.shape[1:]), 0.5)
+    return Pixels(start), torch.zeros(len(start), 1, 1, 1)
+
+
+def photo(B=1, sigma=SIGMA, channels=3):
+    """B smooth images of falling contrast, and the problem of them with noise."""
+    coarse = 0.5 + torch.linspace(1, 0.4, B).reshape(B, 1, 1, 1) * (rand(B, channels, 4, 4, seed=5) - 0.5)
+    x = functional.interpolate(coarse, scale_factor=4, mode="bilinear")
+    return x, dip.Problem(x + sigma * torch.randn(x.shape, generator=gen()), dip.identity(), sigma)
+
+
+def masked(x, known, sigma=0.0):
+    return dip.Problem(x * known, dip.mask(known), sigma)
+
+
+def half_known(share=0.5, side=16):
+    return (rand(1, 1, side, side, seed=8) < share).float()
+
+
+def gaussian(s=SCHEDULE):
+    """E[x0 | xt] for x0 ~ N(MEAN, STD²), in [−1, 1]."""
+    def denoise(xt, t):
+        a = s.alpha_bar[t].item()
+        return MEAN + math.sqrt(a) * STD ** 2 / (a * STD ** 2 + 1 - a) * (xt - math.sqrt(a) * MEAN)
+    return denoise
+
+
+def knows(image):
+    """The exact denoiser of data that are one image in [0, 1]."""
+    return lambda xt, t: ddpm.to_diffusion(image).expand_as(xt)
+
+
+def model(denoise=gaussian(), s=SCHEDULE):
+    return ddpm.Model(denoise, s, torch.linspace(0, 0.05, s.T + 1))
+
+
+def listening(asked):
+    """The exact model of Gaussian images, which notes in `asked` all (xt, t) that it is evaluated at."""
+    return model(lambda xt, t: asked.append((xt, t)) or gaussian()(xt, t))
+
+
+def valley(values, patience):
+    """(best, stopped), from 1: the least value, once nothing less has come for `patience` steps."""
+    rule = dip.Valley(patience)
+    stopped = next((i for i, value in enumerate(values, 1) if rule.record(i, value)), len(values))
+    return rule.best, stopped
+
+
+# ------------------------------------------------------------------------------------- noise stages and risks
+
+def many_chains(n, ratios=(0.5, 1.0, 2.0), shape=(1, 2, 3)):
+    """n noisy photos y of one image, and a chain for each: every image is one more experiment."""
+    x = rand(1, *shape).double().expand(n, *shape)
+    y = x + SIGMA * randn(*x.shape, seed=1)
+    return x, y, hybrid.noising_chain(y, SIGMA, ratios, gen(2))
+
+
+def test_a_recorrupted_target_is_independent_of_the_whole_noisier_tail():
+    """Jointly Gaussian, so uncorrelated is independent: for every j ≥ k, and not for j < k."""
+    x, y, chain = many_chains(100000, (0.5, 1.0, 2.0), (1, 1, 1))
+    for k, (link, ratio) in enumerate(zip(chain, (0.5, 1.0, 2.0))):
+        c, left = hybrid.recorrupted_target(y, SIGMA, link) - x, SIGMA * math.hypot(1, 1 / ratio)
+        assert link.S == pytest.approx(ratio * SIGMA) and c.std().item() == pytest.approx(left, rel=0.02)
+        assert (link.q - x).std().item() == pytest.approx(SIGMA * math.hypot(1, ratio), rel=0.01)
         for j, other in enumerate(chain):
-            correlation = torch.corrcoef(torch.stack([c.flatten(), (other.q - x).flatten()]))[0, 1].item()
-            assert abs(correlation) < 0.015 if j >= k else abs(correlation) > 0.1, (k, j, correlation)
+            found = abs(torch.corrcoef(torch.stack([c.flatten(), (other.q - x).flatten()]))[0, 1])
+            assert found < 0.015 if j >= k else found > 0.1
 
 
 def test_stages_drawn_independently_leak():
-    """The counter-example: with q_1 = y + S_1 ξ_1 and q_2 = y + S_2 ξ_2 drawn afresh, the two together know n."""
-    x, y, (first, *_) = many_chains(50000, (0.5,), shape=(1, 1, 1, 1))
-    other = hybrid.noising_chain(y, SIGMA, SCHEDULE, steps_for(1.0), gen(9))[0]
-    c = hybrid.complement(y, SIGMA, first)
-    tail_alone, both = first.q, (4 * first.q + other.q) / 5
-    nested = hybrid.noising_chain(y, SIGMA, SCHEDULE, steps_for(0.5, 1.0), gen(10))
-    assert abs(((c - x) * (tail_alone - x)).mean().item()) < 0.05 * SIGMA ** 2
-    assert ((c - x) * (both - x)).mean().item() > 0.1 * SIGMA ** 2
-    fair = hybrid.complement(y, SIGMA, nested[0])
-    assert abs(((fair - x) * ((4 * nested[0].q + nested[1].q) / 5 - x)).mean().item()) < 0.05 * SIGMA ** 2
+    """The counter-example: q_1 = y + S_1 ξ_1 and q_2 = y + S_2 ξ_2 drawn afresh together know n."""
+    x, y, (first, nested) = many_chains(100000, (0.5, 1.0), (1, 1, 1))
+    c, alone = hybrid.recorrupted_target(y, SIGMA, first) - x, hybrid.noising_chain(y, SIGMA, (1.0,), gen(9))
+    leaky, fair = ((c * (0.8 * first.q + 0.2 * link.q - x)).mean().item() for link in (*alone, nested))
+    assert leaky == pytest.approx(SIGMA ** 2 / 5, rel=0.1) and abs(fair) < 0.02 * SIGMA ** 2
 
 
 def test_a_chain_must_rise():
-    with pytest.raises(ValueError, match="noisier"):
-        hybrid.noising_chain(torch.zeros(1, 1, 2, 2), SIGMA, SCHEDULE, steps_for(1.0, 0.5), gen())
-    with pytest.raises(ValueError, match="noisier"):
-        hybrid.noising_chain(torch.zeros(1, 1, 2, 2), SIGMA, SCHEDULE, [1], gen())
+    for ratios in ((1.0, 0.5), (0.5, 0.5), (0.0,)):
+        with pytest.raises(ValueError, match="rise"):
+            hybrid.noising_chain(torch.zeros(1, 1, 2, 2), SIGMA, ratios, gen())
 
 
-# -------------------------------------------------------------------------------------------------- error meters
-
-ESTIMATORS = {"nothing": lambda q: 0 * q, "itself": lambda q: q, "shrunk": lambda q: 0.7 * q + 0.1, "bent": lambda q: torch.tanh(3 * q) ** 2,
-              "jumps": lambda q: (q > 0.5).double()}
-
-
-@pytest.mark.parametrize("name", ESTIMATORS)
-@pytest.mark.parametrize("k", [0, 1, 2])
-def test_risk_is_unbiased_for_any_estimator(name, k):
-    x, y, chain = many_chains(40000)
-    f = ESTIMATORS[name](chain[k].q)
-    one = torch.tensor([hybrid.risk(f[i:i + 2000], y[i:i + 2000], SIGMA, chain[k]._replace(q=chain[k].q[i:i + 2000])) for i in range(0, 40000, 2000)])
-    true = (f - x).square().mean().item()
-    assert abs(one.mean().item() - true) < 4 * one.std().item() / math.sqrt(len(one)) + 1e-12
-    assert one.mean().item() == pytest.approx(true, abs=0.05 * SIGMA ** 2 * (1 + (SIGMA / chain[k].S) ** 2))
+@pytest.mark.parametrize("estimate", [
+    torch.zeros_like, torch.clone, lambda q: 0.7 * q + 0.1, lambda q: (3 * q).tanh() ** 2, lambda q: q.round()])
+def test_risks_are_unbiased_for_any_estimator_and_a_pair_is_quieter(estimate):
+    """The estimated minus the true error, in 200 groups of 200 experiments."""
+    (x, y, (link, *_)), misses = many_chains(40000), []
+    for truth, seen, q in zip(x.split(200), y.split(200), link.q.split(200)):
+        here = seen, SIGMA, link._replace(q=q)
+        f, g = estimate(q), estimate(hybrid.opposite(seen, here[2]).q)
+        misses.append([hybrid.risk(f, *here) - (f - truth).square().mean().item(),
+                       hybrid.pair_risk(f, g, *here) - ((f + g) / 2 - truth).square().mean().item()])
+    bias, spread = torch.tensor(misses).mean(0).abs(), torch.tensor(misses).std(0)
+    assert (bias < 4 * spread / math.sqrt(200)).all() and 0.02 > spread[0] > 1.5 * spread[1]
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
-def test_pair_risk_is_unbiased_and_quieter(name):
-    x, y, chain = many_chains(40000)
-    link, estimate = chain[0], ESTIMATORS[name]
-    f, g = estimate(link.q), estimate(hybrid.mirror(y, link).q)
-    def parts(i):
-        cut = slice(i, i + 400)
-        here = link._replace(q=link.q[cut])
-        return (hybrid.pair_risk(f[cut], g[cut], y[cut], SIGMA, here) - ((f + g) / 2 - x)[cut].square().mean().item(),
-                hybrid.risk(f[cut], y[cut], SIGMA, here) - (f - x)[cut].square().mean().item())
-    pair, single = torch.tensor([parts(i) for i in range(0, 40000, 400)]).T
-    assert abs(pair.mean().item()) < 4 * pair.std().item() / 10 and pair.mean().abs().item() < 0.05 * SIGMA ** 2
-    assert pair.std() < single.std()
+def test_pair_risk_is_sure_with_a_central_difference_and_every_risk_scales_with_the_square():
+    (x, y, ((S, q),)), risks = many_chains(3, (0.5,)), []
+    for k in (1, 2):
+        f, g, at = k * q ** 2, k * (2 * y - q) ** 2, (k * y, k * SIGMA, hybrid.Link(k * S, k * q))
+        divergence = ((f - g) * (q - y)).mean().item() / (2 * k * S ** 2)
+        sure = ((f + g) / 2 - k * y).square().mean().item() + (k * SIGMA) ** 2 * (2 * divergence - 1)
+        assert hybrid.pair_risk(f, g, *at) == pytest.approx(sure, abs=1e-12)
+        risks.append([sure, hybrid.risk(f, *at), hybrid.expected_error(k * k / 99, f, g, *at)])
+    assert risks[1] == pytest.approx([4 * value for value in risks[0]], rel=1e-12)
 
 
-def test_pair_risk_is_sure_with_a_central_difference():
-    x, y, (link,) = many_chains(3, (0.5,))
-    f, g = link.q ** 2, hybrid.mirror(y, link).q ** 2
-    xi = (link.q - y) / link.S
-    divergence = ((f - g) * xi).mean().item() / (2 * link.S)
-    sure = ((f + g) / 2 - y).square().mean().item() + 2 * SIGMA ** 2 * divergence - SIGMA ** 2
-    assert hybrid.pair_risk(f, g, y, SIGMA, link) == pytest.approx(sure, abs=1e-12)
-
-
-def test_risk_is_unbiased_for_trained_networks():
-    """Networks really fitted to the noisier states, warm from the noisiest on: the meter's mean error is zero."""
-    errors, fair = [], []
-    for seed in range(24):
-        x, y = small(seed, channels=1)
-        chain = hybrid.noising_chain(y, SIGMA, SCHEDULE, steps_for(0.7, 1.5), gen(seed + 100))
-        *_, stage = hybrid.staged_fit(y, SIGMA, chain[::-1], starts(seed, 1), 12, gen(seed), mirrored=seed % 2 == 0, warm=True, patience=99)
-        errors.append(stage.value - (stage.image - x).square().mean().item())
-        fair.append((stage.image - y).square().mean().item() - SIGMA ** 2 - (stage.image - x).square().mean().item())
-    errors, fair = torch.tensor(errors), torch.tensor(fair)
-    assert abs(errors.mean()) < 3 * errors.std() / math.sqrt(24)
-    assert fair.mean() < -3 * fair.std() / math.sqrt(24)              # the misfit to y itself is an optimist: the test can tell
-
-
-@given(st.floats(0, 1), st.floats(0, 1), st.integers(0, 99))
-def test_blend_is_the_best_convex_combination_and_its_risk_is_right(a, b, seed):
-    x, n, m = torch.randn(3, 1, 1, 8, 8, generator=gen(seed), dtype=torch.float64)
-    f, g = x + a * n, x + b * m
-    risk_f, risk_g = ((v - x).square().mean().item() for v in (f, g))
-    best, expected = hybrid.blend(f, risk_f, g, risk_g)
-    assert expected == pytest.approx((best - x).square().mean().item(), abs=1e-9)
-    for w in torch.linspace(0, 1, 11).tolist():
-        assert expected <= (w * f + (1 - w) * g - x).square().mean().item() + 1e-9
-
-
-def test_equal_independent_estimates_gain_half():
-    x, n, m = torch.randn(3, 1, 1, 200, 200, generator=gen(), dtype=torch.float64)
-    assert hybrid.blend(x + n, 1.0, x + m, 1.0)[1] == pytest.approx(0.5, abs=0.02)
-
-
-# ------------------------------------------------------------------------------------------------------ staged fit
-
-def starts(seed, channels=3):
-    """A function that gives new small networks and inputs, the same ones in the same order for the same seed."""
-    g = gen(seed)
-
-    def fresh():
-        torch.manual_seed(int(torch.randint(10 ** 6, (1,), generator=g)))
-        return dip.Hourglass(c_in=4, c_out=channels, widths=(8, 8), upsample="nearest", padding="zeros"), dip.random_input((16, 16), g, 4)
-    return fresh
-
-
-def small(seed=0, channels=3):
-    y = torch.nn.functional.interpolate(torch.rand(1, channels, 4, 4, generator=gen(5)), scale_factor=4, mode="bilinear")
-    return y, y + SIGMA * torch.randn(y.shape, generator=gen(seed))
-
-
-def test_one_stage_without_extra_noise_is_plain_dip():
-    _, y = small()
-    staged = list(hybrid.staged_fit(y, SIGMA, [hybrid.Link(1, 0.0, y)], starts(1), 12, gen(3)))
-    plain = list(dip.fit(y, lambda x: x, *starts(1)(), 12, gen(3)))
-    assert len(staged) == 12
-    for ours, theirs in zip(staged, plain):
-        assert torch.equal(ours.image, theirs.average) and torch.equal(ours.blended, theirs.average) and math.isnan(ours.expected)
-
-
-def test_a_stage_with_vanishing_noise_is_plain_dip():
-    _, y = small()
-    staged = hybrid.staged_fit(y, SIGMA, [hybrid.Link(1, 1e-9, y)], starts(1), 6, gen(3), mirrored=False, patience=99)
-    for ours, theirs in zip(staged, dip.fit(y, lambda x: x, *starts(1)(), 6, gen(3))):
-        assert torch.allclose(ours.image, theirs.average, atol=1e-6)
-
-
-def test_a_mirrored_stage_is_the_mean_of_two_fits():
-    _, y = small()
-    link, = hybrid.noising_chain(y, SIGMA, SCHEDULE, steps_for(0.5), gen(1))
-    fresh, g = starts(1), gen(3)
-    fits = zip(*(dip.fit(target, lambda x: x, *fresh(), 6, g) for target in (link.q, 2 * y - link.q)))
-    for ours, (plus, minus) in zip(hybrid.staged_fit(y, SIGMA, [link], starts(1), 6, gen(3), patience=99), fits):
-        assert torch.equal(ours.image, (plus.average + minus.average) / 2)
-        assert ours.value == hybrid.pair_risk(plus.average, minus.average, y, SIGMA, link)
-
-
-def test_stages_deliver_their_least_risk_and_are_blended():
-    _, y = small()
-    chain = hybrid.noising_chain(y, SIGMA, SCHEDULE, steps_for(0.5, 1.0), gen(1))
-    seen = list(hybrid.staged_fit(y, SIGMA, chain[::-1], starts(1), 40, gen(2), patience=10))
-    assert [s.k for s in seen] == sorted(s.k for s in seen) and all(s.link is chain[1 - s.k] for s in seen) and {s.k for s in seen} == {0, 1}
-    for k in (0, 1):
-        stage = [s for s in seen if s.k == k]
-        values = [s.value for s in stage]
-        assert stage[-1].best_step == 1 + values.index(min(values)) and torch.equal(stage[-1].best, stage[values.index(min(values))].image)
-        assert len(stage) == min(40, stage[-1].best_step + 10)
-    last, first = seen[-1], [s for s in seen if s.k == 0][-1]
-    alone = list(hybrid.staged_fit(y, SIGMA, chain[1:], starts(1), 40, gen(2), patience=10))[-1]
-    assert torch.equal(alone.best, first.best) and alone.expected == first.expected != min(s.value for s in seen if s.k == 0)
-    single = list(hybrid.staged_fit(y, SIGMA, chain[::-1], starts(1), 40, gen(2), patience=10, mirrored=False))
-    first, last = [s for s in single if s.k == 0][-1], single[-1]
-    least = [min(s.value for s in single if s.k == k) for k in (0, 1)]
-    mix, expected = hybrid.blend(first.best, least[0], last.best, least[1])
-    assert torch.equal(last.blended, mix) and last.expected == expected and first.expected == least[0]
-
-
-@pytest.mark.parametrize("ratios", [(0.5, 1.0), (0.0, 0.5)])
-def test_watching_goes_on_but_changes_nothing(ratios):
-    _, y = small()
-    S = [r for r in ratios if r]
-    chain = ([] if len(S) == 2 else [hybrid.Link(1, 0.0, y)]) + hybrid.noising_chain(y, SIGMA, SCHEDULE, steps_for(*S), gen(1))
-    blind, seen = (list(hybrid.staged_fit(y, SIGMA, chain[::-1], starts(1), 100, gen(2), patience=5, watch=watch)) for watch in (False, True))
-    assert len(blind) < len(seen) and seen[-1].i == 100 and [s.stopped for s in blind].count(True) == 2
-    for a, b in zip(blind, seen):
-        assert (a.k, a.i, a.value, a.best_step, a.stopped) == (b.k, b.i, b.value, b.best_step, b.stopped)
-    for late in seen[len(blind):]:
-        assert late.stopped and late.best_step == blind[-1].best_step and torch.equal(late.blended, blind[-1].blended)
-        assert late.expected == blind[-1].expected or math.isnan(late.expected)
-
-
-def test_the_last_stage_stops_at_the_transferred_fraction():
-    _, y = small()
-    chain = [hybrid.Link(1, 0.0, y), *hybrid.noising_chain(y, SIGMA, SCHEDULE, steps_for(0.5), gen(1))]
-    seen = list(hybrid.staged_fit(y, SIGMA, chain[::-1], starts(1), 60, gen(2), mirrored=False, patience=15))
-    first, last = [s for s in seen if s.k == 0], [s for s in seen if s.k == 1]
-    link = first[0].link
-    fraction = (first[-1].best - link.q).square().mean().item() / (SIGMA ** 2 + link.S ** 2)
-    assert last[-1].value <= fraction or len(last) == 60
-    assert all(s.value > fraction for s in last[:-1])
-    assert torch.allclose(last[-1].blended, 0.3 * first[-1].best + 0.7 * last[-1].image)
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_risks_are_unbiased_for_trained_networks(antithetic):
+    """Networks fitted to noisier states, warm from the noisiest on; the misfit to y itself is an optimist."""
+    x, problem = photo(20, channels=1)
+    *_, end, _ = hybrid.antithetic_pair(problem, fresh, gen(1), ratios=(1.5, 0.7), antithetic=antithetic,
+                                        warm=True, patience=99, steps=20)
+    true, misfit = ((end.now - image).square().mean((1, 2, 3)) for image in (x, problem.y))
+    error, naive = torch.tensor(end.others["stage 2"].facts["risk_now"]) - true, misfit - SIGMA ** 2 - true
+    assert abs(error.mean()) < 3 * error.std() / math.sqrt(20) < true.mean()
+    assert naive.mean() < -3 * naive.std() / math.sqrt(20)
 
 
 def test_a_posterior_mean_knows_its_own_error():
-    """x ~ N(0, s²), f the posterior mean h q: its error is σ² times its divergence h, for every y. Then the second opinion is exact."""
-    s, d, misses = 0.15, 3 * 16 * 16, []
-    h = s ** 2 / (s ** 2 + SIGMA ** 2)
-    for seed in range(40):
-        x, n, xi = torch.randn(3, 1, 3, 16, 16, generator=gen(seed), dtype=torch.float64)
-        y = s * x + SIGMA * n
-        link = hybrid.Link(1, SIGMA / 4, y + SIGMA / 4 * xi)
-        f, g = h * link.q, h * hybrid.mirror(y, link).q
-        value, truth = hybrid.pair_risk(f, g, y, SIGMA, link), ((f + g) / 2 - s * x).square().mean().item()
-        sure = hybrid.expected_error(value, f, g, y, SIGMA, link, ratio=1.0, spread=1e-9)
-        assert sure == pytest.approx(SIGMA ** 2 * h, rel=1e-9)
-        assert hybrid.expected_error(value, f, g, y, SIGMA, link, spread=1e9) == pytest.approx(value, rel=1e-9)
-        theory, precise, vague = 1.1 * SIGMA ** 2 * h, 1 / (0.2 * SIGMA ** 2 * h) ** 2, d / (2 * SIGMA ** 4)
-        assert hybrid.expected_error(value, f, g, y, SIGMA, link, 1.1, 0.2) == pytest.approx((precise * theory + vague * value) / (precise + vague), rel=1e-9)
-        misses.append([abs(value - truth), abs(hybrid.expected_error(value, f, g, y, SIGMA, link, ratio=1.0) - truth)])
-    plain, steadier = torch.tensor(misses).mean(0)
-    assert steadier < 0.9 * plain
+    """x ~ N(0, s²), f = h q the posterior mean: its error is σ² times its divergence h, for every y."""
+    h, (y, noise) = 0.15 ** 2 / (0.15 ** 2 + SIGMA ** 2), 0.25 * randn(2, 1, 3, 16, 16)
+    at = h * (y + SIGMA * noise), h * (y - SIGMA * noise), y, SIGMA, hybrid.Link(SIGMA / 4, y + SIGMA * noise)
+    exact, scatter = h * SIGMA ** 2, 2 * SIGMA ** 4 / y.numel()
+    for value in (0.9 * exact, exact, 1.3 * exact):
+        theory, doubt = 1.1 * exact, (0.2 * exact) ** 2 + (value - 1.1 * exact) ** 2 / 4
+        mixed = (theory / doubt + value / scatter) / (1 / doubt + 1 / scatter)
+        assert hybrid.expected_error(exact, *at, 1.0, 0.0) == pytest.approx(exact, rel=1e-9)
+        assert hybrid.expected_error(value, *at, 1.0, 1e9) == pytest.approx(value, rel=1e-9)
+        assert hybrid.expected_error(value, *at, 1.1, 0.2) == pytest.approx(mixed, rel=1e-9)
 
 
-def test_scaling_the_noise_scales_the_meter():
-    """Twice the picture and twice the noise: four times the estimated risk, to rounding."""
-    x, y, (link,) = many_chains(5, (0.5,))
-    f = 0.7 * link.q
-    twice = hybrid.Link(link.t, 2 * link.S, 2 * link.q)
-    assert hybrid.risk(2 * f, 2 * y, 2 * SIGMA, twice) == pytest.approx(4 * hybrid.risk(f, y, SIGMA, link), rel=1e-12)
-    g = 0.7 * hybrid.mirror(y, link).q
-    assert hybrid.pair_risk(2 * f, 2 * g, 2 * y, 2 * SIGMA, twice) == pytest.approx(4 * hybrid.pair_risk(f, g, y, SIGMA, link), rel=1e-12)
-    assert hybrid.expected_error(0.04, 2 * f, 2 * g, 2 * y, 2 * SIGMA, twice) == pytest.approx(4 * hybrid.expected_error(0.01, f, g, y, SIGMA, link), rel=1e-12)
+def test_while_a_fit_still_rises_and_theory_is_far_off_the_unbiased_risk_is_announced():
+    for step in hybrid.antithetic_pair(photo()[1], fresh, gen(1), steps=8):
+        assert step.facts["expected"] == pytest.approx(step.facts["risk"], rel=0.1)
+
+
+@pytest.mark.parametrize("ratio, antithetic", [(0.5, True), (1e-7, False)])
+def test_a_pair_is_the_mean_of_two_fits_to_opposite_noise_and_without_noise_plain_dip(ratio, antithetic):
+    y, operator, _ = problem = photo()[1]
+    link, = hybrid.noising_chain(y, SIGMA, [ratio], gen(3))
+    targets, settings = (link.q, 2 * y - link.q) if antithetic else (y,), {"steps": 6, "jitter": 0}
+    fits = [dip.fit(q, operator.A, *pixels(problem, gen()), generator=gen(), **settings) for q in targets]
+    ours = hybrid.antithetic_pair(problem, pixels, gen(3), ratios=[ratio], antithetic=antithetic, **settings)
+    for step, *parts in zip(ours, *fits, strict=True):
+        assert torch.allclose(step.now, sum(part.average for part in parts) / len(parts), atol=1e-6)
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_every_image_of_a_batch_is_delivered_at_its_own_least_risk(antithetic):
+    y, operator, _ = problem = photo(3)[1]
+    copies, settings = 1 + antithetic, {"antithetic": antithetic, "patience": 4, "steps": 99, **QUICK}
+    (*seen, end), g, stops = hybrid.antithetic_pair(problem, pixels, gen(3), **settings), gen(3), []
+    link, = hybrid.noising_chain(y, SIGMA, [0.25], g)
+    targets = torch.stack([link.q, 2 * y - link.q][:copies], 1).flatten(0, 1)
+    steps = list(dip.fit(targets, operator.A, *pixels(problem, g, copies), len(seen) + 1, g, **QUICK))
+    for b in range(3):
+        here = y[b:b + 1], SIGMA, link._replace(q=link.q[b:b + 1])
+        images = [step.average[copies * b:copies * (b + 1)].split(1) for step in steps]
+        risks = [(hybrid.pair_risk if antithetic else hybrid.risk)(*found, *here) for found in images]
+        best, stopped = valley(risks, 4)
+        least, delivered = risks[best - 1], images[best - 1]
+        expected = hybrid.expected_error(least, *delivered, *here) if antithetic else least
+        facts = {"risk": least, "expected": expected, "risk_now": risks[stopped - 1]}
+        facts |= {"step": best, "stopped": stopped, "updates": copies * stopped}
+        assert {name: values[b] for name, values in end.facts.items()} == facts
+        assert torch.allclose(end.image[b], sum(delivered)[0] / copies, atol=1e-6)
+        stops.append(stopped)
+    assert min(stops) < max(stops) == len(steps) < 99
+
+
+@pytest.mark.parametrize("ratios", [(0.5,), (1.0, 0.5)])
+def test_watching_goes_on_and_changes_nothing_delivered(ratios):
+    settings = {"ratios": ratios, "patience": 3, "steps": 60, **QUICK}
+    blind, seen = (list(hybrid.antithetic_pair(photo()[1], pixels, gen(2), watch=watch, **settings))
+                   for watch in (False, True))
+    assert torch.equal(blind[-1].image, seen[-1].image) and blind[-1].facts == seen[-1].facts
+    first = blind[-1].others["stage 1"].facts["stopped"][0] + 1 if len(ratios) == 2 else 0
+    assert len(blind) < len(seen) == first + 60 and not torch.equal(blind[-1].now, seen[-1].now)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_stages_are_walked_in_order_and_combined_by_their_expected_errors(warm):
+    """On nested states; each starts with fresh networks, or with `warm` the same ones go on."""
+    y, operator, _ = problem = photo(2)[1]
+    settings, g, tools = {"ratios": (1.0, 0.5), "warm": warm, "steps": 50, **QUICK}, gen(2), None
+    *seen, end = hybrid.antithetic_pair(problem, pixels, gen(2), **settings)
+    for (name, stage), link in zip(end.others.items(), hybrid.noising_chain(y, SIGMA, (0.5, 1.0), g)[::-1]):
+        own = [step for step in seen if list(step.others)[-1] == name]
+        targets = torch.stack([link.q, 2 * y - link.q], 1).flatten(0, 1)
+        tools = tools if warm and tools else pixels(problem, g, 2)
+        for ours, step in zip(own, dip.fit(targets, operator.A, *tools, len(own), g, **QUICK), strict=True):
+            assert torch.equal(ours.now, step.average.unflatten(0, (2, 2)).mean(1))
+        assert torch.equal(stage.target, link.q) and torch.equal(own[-1].image, stage.image)
+        assert len(own) == max(stage.facts["stopped"]) < 50
+    stages = end.others.values()
+    mixed, = hybrid.weighted(problem, [s._replace(facts={"risk": s.facts["expected"]}) for s in stages])
+    facts = {"expected": mixed.facts["risk"], "updates": sum(max(s.facts["updates"]) for s in stages)}
+    assert torch.equal(end.image, mixed.image) and end.facts == mixed.facts | facts and len(stages) == 2
+
+
+@pytest.mark.parametrize("watch", [False, True])
+def test_one_sided_sure_stops_a_plain_fit_by_the_divergence_that_its_twin_shows(watch):
+    y, operator, _ = problem = photo()[1]
+    settings, g, twin = {"patience": 3, "steps": 40, "watch": watch, **QUICK}, gen(1), torch.Generator()
+    seen = list(hybrid.one_sided_sure(problem, pixels, gen(1), ratio=0.3, **settings))
+    (S, q), = hybrid.noising_chain(y, SIGMA, [0.3], g)
+    twin.set_state(g.get_state())
+    plain, other = ([step.average for step in dip.fit(c, operator.A, *pixels(problem, g), 40, own, **QUICK)]
+                    for c, own in ((y, g), (q, twin)))
+    best, stopped = valley([(f - y).square().mean() + 2 * SIGMA ** 2 * ((h - f) * (q - y) / S ** 2).mean()
+                            for f, h in zip(plain, other)], 3)
+    assert torch.equal(seen[-1].image, plain[best - 1]) and torch.equal(seen[-1].now, plain[len(seen) - 1])
+    assert seen[-1].facts == {"step": best, "stopped": stopped, "updates": 2 * stopped} and 2 < stopped < 40
+    assert seen[1].facts["updates"] == 4 and len(seen) == (40 if watch else stopped)
+
+
+def test_any_estimator_on_recorrupted_photos_knows_its_risk():
+    x, y, _ = many_chains(3000, (0.5,))
+    found, = hybrid.diffusion_pair(dip.Problem(y, None, SIGMA), model(), gen(4), ratio=0.5, evaluations=3)
+    link, = hybrid.noising_chain(y, SIGMA, [0.5], gen(4))
+    f, g = (ddpm.denoise_photo(gaussian(), SCHEDULE, q, math.hypot(SIGMA, link.S), 3)
+            for q in (link.q, 2 * y - link.q))
+    risk = hybrid.pair_risk(f[7:8], g[7:8], y[7:8], SIGMA, link._replace(q=link.q[7:8]))
+    misses = torch.tensor(found.facts["risk"]) - (found.image - x).square().mean((1, 2, 3))
+    assert torch.allclose(found.image, (f + g) / 2) and found.facts["risk"][7] == pytest.approx(risk)
+    assert abs(misses.mean()) < 4 * misses.std() / math.sqrt(3000)
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.integers(0, 99))
+def test_two_images_are_weighted_by_the_closed_form(risk_f, risk_g, seed):
+    """w = 1/2 + (r_g − r_f)/(2 D), cut to [0, 1], with D the mean squared distance."""
+    f, g = randn(2, 1, 1, 8, 8, seed=seed)
+    D = (f - g).square().mean().item()
+    w = min(1, max(0, 0.5 + (risk_g - risk_f) / (2 * D)))
+    weights, error = hybrid.best_weights([f, g], [risk_f, risk_g])
+    assert weights.tolist() == pytest.approx([w, 1 - w], abs=1e-6)
+    assert error == pytest.approx(w * risk_f + (1 - w) * risk_g - w * (1 - w) * D, abs=1e-6)
+
+
+@given(st.sampled_from([3, 4]), st.floats(0, 1), st.integers(0, 99))
+def test_no_other_weights_are_better_and_the_announced_error_is_true(K, shared, seed):
+    """With true risks, for errors of unlike size that are partly shared, against a grid of the simplex."""
+    x, common, *own = randn(K + 2, 1, 1, 8, 8, seed=seed)
+    images = torch.stack([x + shared * common + k / K * n for k, n in enumerate(own, 1)])
+    best, error = hybrid.best_weights(list(images), (images - x).square().mean((1, 2, 3, 4)).tolist())
+    grid = torch.tensor([w for w in itertools.product(range(9), repeat=K) if sum(w) == 8]).double() / 8
+    errors = (torch.tensordot(torch.cat([best[None], grid]), images, 1) - x).square().mean((1, 2, 3, 4))
+    assert best.min() >= 0 and best.sum().item() == pytest.approx(1)
+    assert errors[0].item() == pytest.approx(error, abs=1e-9) and errors.min() > error - 1e-9
+
+
+def test_duplicates_and_zero_distances_do_not_break_the_weights_and_independent_images_gain_half():
+    f, g = randn(2, 1, 1, 200, 200)
+    pair, error = hybrid.best_weights([f, g], [0.9, 1.0])
+    for images, risks in (([f, f, g], [0.9, 0.9, 1.0]), ([f, g, g], [0.9, 1.0, 1.0])):
+        weights, again = hybrid.best_weights(images, risks)
+        mixture = sum(w * image for w, image in zip(weights, images))
+        assert again == pytest.approx(error) and torch.allclose(mixture, pair[0] * f + pair[1] * g)
+    for images, risks, least in (([f, f, f], [3, 2, 4], 2), ([f, f], [0, 0], 0), ([f, g], [1, 1], 0.5)):
+        assert hybrid.best_weights(images, risks)[1] == pytest.approx(least, abs=0.01)
+
+
+def test_images_are_weighted_one_by_one_and_a_plain_mean_agrees_with_the_measurement():
+    (x, problem), known, risks = photo(2), half_known(), torch.tensor([[0.004, 0.0045], [0.005, 0.0041]])
+    one, two = (x + 0.1 * rand(*x.shape, seed=k) for k in (0, 1))
+    experts = [dip.Restoration(f, {"risk": risk}) for f, risk in zip((one, two), risks.tolist())]
+    found, = hybrid.weighted(problem, experts)
+    for f, g, risk, image, *facts in zip(one, two, risks.T.tolist(), found.image, *found.facts.values()):
+        w, error = hybrid.best_weights([f, g], risk)
+        assert facts == [error, w.tolist()] and torch.allclose(image, w[0].float() * f + w[1].float() * g)
+    for problem, seen in ((problem, 0 * known), (masked(x, known), known)):
+        plain, = hybrid.averaged(problem, experts)
+        assert torch.allclose(plain.image, seen * x + (1 - seen) * (one + two) / 2, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------ measurements kept back
+
+def holed(side, size=64, corner=20):
+    """1, but 0 in a square hole."""
+    known = torch.ones(1, 1, size, size)
+    known[..., corner:corner + side, corner:corner + side] = 0
+    return known
+
+
+def keep_back(known, seed=0):
+    return hybrid.kept_back(masked(torch.ones_like(known), known), gen(seed))
+
+
+@given(st.integers(1, 256), st.floats(0, 1), st.integers(0, 99))
+def test_scattered_measurements_are_known_ones_and_at_least_one(count, share, seed):
+    known = (torch.randperm(256, generator=gen(seed)) < count).float().reshape(1, 1, 16, 16)
+    unseen = hybrid.scattered(masked(known, known), gen(seed), share)
+    assert unseen.shape == known.shape and (unseen <= known).all() and unseen.sum() >= 1
+    assert abs(unseen.sum().item() - share * count) <= 1 + 4 * math.sqrt(count * share * (1 - share))
+    with pytest.raises(ValueError, match="nothing is known"):
+        keep_back(0 * known)
+
+
+def test_the_depth_of_a_hole_is_the_number_of_layers_that_can_be_peeled_off():
+    for side in (1, 2, 7, 10):
+        assert hybrid.depth(1 - holed(side) * holed(1, corner=50)) == math.ceil(side / 2)
+        assert hybrid.depth(1 - holed(side, corner=0)) == side
+    assert hybrid.depth(torch.zeros(1, 1, 8, 8)) == hybrid.depth(torch.ones(1, 1, 8, 8)) == 0
+
+
+@pytest.mark.parametrize("known, width, count", [
+    (holed(16), 8, 3), (holed(11, 42), 6, 2), (holed(12, 60, 0), 12, 2), (holed(40, 56, 8), 8, 2)])
+def test_beside_a_wide_hole_whole_squares_as_wide_as_it_is_deep_are_kept_back(known, width, count):
+    """Known and near the hole; about a twentieth of what is known, a tenth at most, and two where they fit.
+    """
+    hidden, near = set(), functional.max_pool2d(1 - known, 2 * width + 1, 1, width)
+    for seed in range(60):
+        unseen = keep_back(known, seed)
+        corners = -functional.max_pool2d(-unseen, width, 1)
+        squares = functional.conv_transpose2d(corners, torch.ones(1, 1, width, width)) > 0
+        assert torch.equal(squares.float(), unseen) and (unseen <= known * near).all()
+        hidden.add(unseen.sum().item())
+    assert width ** 2 <= min(hidden) < max(hidden) == count * width ** 2 <= 0.1 * known.sum()
+
+
+@pytest.mark.parametrize("known", [
+    holed(10), holed(60, 64, 2), half_known(), torch.ones(1, 1, 9, 9), 1 - holed(600, 1000, 0)[..., :6, :],
+    holed(20) * (torch.arange(64) % 2)])
+def test_elsewhere_single_measurements_are_kept_back(known):
+    """Small holes, too little known, no hole at all, narrow images, no room for a square."""
+    assert torch.equal(keep_back(known), hybrid.scattered(masked(known, known), gen()))
+
+
+@pytest.mark.parametrize("sigma", [0.0, SIGMA])
+def test_held_out_measurements_say_when_to_stop_and_do_not_enter_the_fit(sigma):
+    (y, *_), g = problem, _ = masked(photo()[1].y, half_known(0.8), sigma), gen(1)
+    hidden = hybrid.scattered(problem, g)
+    seen = masked(y, problem.known - hidden)
+    steps = list(dip.fit(seen.y, seen.operator.A, *pixels(problem, g), 20, g))
+    best, _ = valley([((step.average - y).square() * hidden).sum().item() for step in steps], 200)
+    *_, end = hybrid.held_out(problem, pixels, gen(1), steps=20)
+    assert end.facts["step"] == [best] and best < 20 and end.facts["stopped"] == [20]
+    assert torch.equal(end.image, problem.consistent(steps[best - 1].average))
+
+
+def test_a_formula_is_judged_on_what_it_has_not_seen():
+    """Its error counts on the measurements kept back only, and known pixels are delivered as they are."""
+    x, known = rand(2, 1, 16, 16), half_known(0.7)
+
+    def fill(problem):
+        return 0 * problem.y + problem.y.sum((1, 2, 3), keepdim=True) / problem.known.sum()
+    unseen, (found,) = keep_back(known), hybrid.judged(masked(x, known), gen(), fill)
+    for image, error in zip(x, found.facts["error"]):
+        hidden, mean = image[unseen[0] > 0], image[(known - unseen)[0] > 0].mean()
+        assert error == pytest.approx((hidden - mean).square().mean().item(), rel=1e-4)
+    assert torch.allclose(found.image, x * known + (1 - known) * fill(masked(x, known)), atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------- the reverse chain
+
+def test_the_error_curve_of_an_exact_denoiser_is_the_posterior_variance():
+    """s² (1−ᾱ)/(ᾱ s² + 1−ᾱ), in [0, 1] a quarter of it; straight in the logarithm between, level outside."""
+    s, ts = ddpm.cosine(100), [10, 30, 35, 80]
+    x0 = ddpm.to_image(MEAN + STD * torch.randn(40, 1, 20, 20, generator=gen()))
+    v, noise = ddpm.error_curve(gaussian(s), s, x0, ts, gen(1)), 4 * ddpm.noise_level(s)[ts] ** 2
+    assert v[ts].tolist() == pytest.approx((STD ** 2 * noise / (STD ** 2 + noise) / 4).tolist(), rel=0.04)
+    for left, right in zip(ts, ts[1:]):
+        line = torch.lerp(v[left].log(), v[right].log(), torch.linspace(0, 1, right - left + 1))
+        assert torch.allclose(v[left:right + 1].log(), line, atol=1e-4)
+    assert v.shape == (101,) and v[0] == 0 and (v[1:11] == v[10]).all() and (v[80:] == v[80]).all()
+
+
+@given(st.floats(1e-8, 1.0), st.floats(0.25, 4.0), st.sampled_from([ddpm.linear(1000), SCHEDULE]))
+def test_an_image_starts_where_its_error_times_kappa_is_the_noise(error, kappa, s):
+    distance = (ddpm.noise_level(s)[1:].log() - math.log(kappa * math.sqrt(error))).abs()
+    assert distance[hybrid.start_step(s, error, kappa) - 1] == distance.min()
+    assert hybrid.start_step(s, -0.01) == hybrid.start_step(s, 0.0) == 1
+
+
+def test_hooks_in_turn_are_applied_the_first_one_first_and_all_see_the_step():
+    double, add = (lambda x, t: 2 * x), (lambda x, t: x + t)
+    assert hybrid.in_turn()(1, 7) == 1 and hybrid.in_turn(double)(1, 7) == 2
+    assert hybrid.in_turn(double, add)(1, 7) == 9 and hybrid.in_turn(add, double)(1, 7) == 16
+
+
+@pytest.mark.parametrize("operator", [dip.identity(), dip.mask(half_known(side=8)), dip.downsample(4)])
+@pytest.mark.parametrize("sigma", [0.0, 0.1, 0.5])
+def test_agreeing_moves_a_guess_towards_the_measurement_within_the_range_only(operator, sigma):
+    """The misfit shrinks by 1 − w, to 0 without noise; the null space of A is left to the model."""
+    f, y, v = rand(2, 3, 8, 8), operator.A(rand(2, 3, 8, 8, seed=1)), torch.tensor([9, 9, 0.04])
+    moved = ddpm.to_image(hybrid.agree(dip.Problem(y, operator, sigma), v)(ddpm.to_diffusion(f), 2))
+    left = sigma ** 2 / (0.04 + sigma ** 2)
+    assert torch.allclose(operator.A(moved) - y, left * (operator.A(f) - y), atol=1e-6)
+    assert torch.allclose(*(x - operator.pinv(operator.A(x)) for x in (moved, f)), atol=1e-6)
+
+
+@given(st.floats(1e-4, 1.0), st.floats(1e-4, 1.0))
+def test_no_other_weight_fuses_independent_errors_better(a, b):
+    """Errors of variance a and b leave (1−w)² a + w² b, at best a b/(a + b)."""
+    pair = torch.eye(2, dtype=torch.float64)
+    fuse = hybrid.fuse(pair[1], lambda t: hybrid.inverse_variance(a * (t == 3), b))
+    rest, w = ddpm.to_image(fuse(ddpm.to_diffusion(pair[0]), 3)).tolist()
+    assert w + rest == pytest.approx(1) and rest ** 2 * a + w ** 2 * b == pytest.approx(a * b / (a + b))
+
+
+@pytest.mark.parametrize("weight", [0.0, 1e6])
+def test_a_refit_without_weight_is_dip_going_on_and_with_all_of_it_dip_on_the_guess(weight):
+    (x, problem), guess, g = photo(2), rand(2, 3, 16, 16), gen(5)
+    (ours, z), (theirs, _) = fresh(problem, gen(1)), fresh(problem, gen(1))
+    again = hybrid.fitted_again(problem, ours, z, 4, gen(5), weight, lr=0.003)
+    for target in ((guess,) if weight else (problem.y, problem.y)):
+        *_, last = dip.fit(target, problem.operator.A, theirs, z, 4, g, lr=0.003)
+        found = ddpm.to_image(again(ddpm.to_diffusion(guess), 7))
+        assert (found - last.average).abs().mean() < (1e-4 if weight else 1e-7)
+
+
+@pytest.mark.parametrize("weight", [0.5, 4.0])
+def test_a_refit_of_free_pixels_settles_between_measurement_and_guess(weight):
+    problem, guess = dip.Problem(rand(2, 1, 4, 4), dip.identity()), rand(2, 1, 4, 4, seed=1)
+    again = hybrid.fitted_again(problem, *pixels(problem, gen()), 300, gen(), weight, decay=0.5, jitter=0)
+    expected = (problem.y + weight * guess) / (1 + weight)
+    assert torch.allclose(ddpm.to_image(again(ddpm.to_diffusion(guess), 7)), expected, atol=5e-3)
+
+
+@pytest.mark.parametrize("s", [ddpm.linear(1000), SCHEDULE])
+def test_a_start_at_the_far_end_is_diffusion_alone_and_at_the_clean_end_there_is_none(s):
+    f, x, left = rand(6, 1, 8, 8), torch.randn(6, 1, 8, 8, generator=gen()), s.alpha_bar[-1].sqrt().item()
+    ours = list(hybrid.reverse(f, model(gaussian(s), s), 1000, 12, gen()))[1:]
+    for a, b in zip(ours, ddpm.ddim(gaussian(s), s, x, 12, gen()), strict=True):
+        assert a.t == b.t and (a.x - b.x).abs().max() < 1.5 * left + 1e-5 < 0.02
+    known, refine = half_known(side=8), hybrid.agree(masked(x, half_known(side=8)), torch.zeros(1001))
+    for options, expected in (({}, f), ({"refine": refine}, x * known + f * (1 - known))):
+        only, = hybrid.reverse(f, model(None), 0, 10, gen(), **options)
+        assert only.t == 0 and torch.allclose(ddpm.to_image(only.x), expected, atol=1e-6)
+
+
+@given(st.integers(1, 1000), st.integers(1, 12), st.sampled_from([0.0, 0.7]), st.integers(0, 99))
+def test_the_refined_image_is_diffused_and_taken_back_by_ddim(t, evaluations, eta, seed):
+    """Every guess is refined, and the noise estimate moves with it: also, the same seed repeats."""
+    f, g, refine = rand(2, 1, 3, 3, seed=seed), gen(seed), hybrid.fuse(rand(2, 1, 3, 3), lambda t: 0.5)
+    first, *rest = hybrid.reverse(f, model(), t, evaluations, gen(seed), eta=eta, refine=refine)
+    x0 = refine(ddpm.to_diffusion(f), t)
+    x = ddpm.q_sample(SCHEDULE, x0, t, torch.randn(f.shape, generator=g))
+    assert first.t == t and torch.equal(first.x0_hat, x0) and torch.equal(first.x, x)
+    for a, b in zip(rest, ddpm.ddim(gaussian(), SCHEDULE, x, evaluations, g, eta, t, refine), strict=True):
+        assert a.t == b.t and torch.equal(a.x, b.x) and torch.equal(a.x0_hat, b.x0_hat)
+
+
+@pytest.mark.parametrize("t", [1, 100, 700])
+def test_one_point_is_reached_from_every_start_and_gaussian_data_follow_the_flow(t):
+    """With all steps DDIM is the probability flow, which keeps (x − √ᾱ m)/√(ᾱ s² + 1−ᾱ)."""
+    f, point, a = rand(2, 1, 8, 8), rand(1, 1, 8, 8, seed=1), SCHEDULE.alpha_bar[t].item()
+    *_, end = hybrid.reverse(f, model(knows(point)), t, 6, gen(), eta=0.3)
+    assert torch.allclose(ddpm.to_image(end.x), point.expand_as(f), atol=1e-5)
+    start, *_, end = hybrid.reverse(f, model(), t, t, gen())
+    flow = MEAN + STD * (start.x - math.sqrt(a) * MEAN) / math.sqrt(a * STD ** 2 + 1 - a)
+    assert torch.allclose(end.x, flow, atol=0.02)
+
+
+@pytest.mark.parametrize("t", [100, 400, 700])
+def test_what_a_wrong_start_costs(t):
+    """Error r starts r/σ_t deviations off: KL = r²/(2 σ_t²), total variation erf(r/(√8 σ_t)), both of which
+    the deterministic chain keeps, as it can be undone, and noise on the way lowers."""
+    def deviations(eta):
+        wrong, right = (hybrid.reverse(torch.full((5000, 1, 1, 1), value), model(), t, 10, gen(), eta=eta)
+                        for value in (0.5, 0.4))
+        return [((a.x - b.x).mean() / b.x.std()).item() for a, b in zip(wrong, right)]
+    start, *_, end = deviations(0.0)
+    assert start == pytest.approx(0.1 / ddpm.noise_level(SCHEDULE)[t].item(), rel=0.03)
+    assert end == pytest.approx(start, rel=1e-3) and 0 <= deviations(1.0)[-1] < 0.97 * start
+
+
+def test_the_model_alone_samples_the_exact_posterior():
+    """Known pixels are exact, the others are the point, or draws from the prior of independent pixels."""
+    known, point, asked = half_known(side=64), rand(1, 3, 64, 64, seed=1), []
+    problem = masked(rand(2, 3, 64, 64), known)
+    *_, one = hybrid.diffusion(problem, model(knows(point)), gen(), evaluations=3)
+    assert torch.allclose(one.image, problem.y + (1 - known) * point, atol=1e-6)
+    *_, calm = hybrid.diffusion(problem, model(), gen(), eta=0.0)
+    *_, drawn = hybrid.diffusion(problem, listening(asked), gen())
+    free = ddpm.to_diffusion(drawn.image)[(1 - known).expand_as(problem.y) > 0]
+    assert [free.mean().item(), free.std().item()] == pytest.approx([MEAN, STD], abs=0.035)
+    assert torch.allclose(drawn.image * known, problem.y, atol=1e-6) and len(asked) == 50
+    assert (calm.image - drawn.image).abs().mean() > 0.01
+    for evaluations, used in ((0, 4), (2, 2)):
+        found, = hybrid.diffusion(photo(2)[1], model(), gen(), evaluations=evaluations)
+        assert torch.equal(found.image, ddpm.denoise_photo(gaussian(), SCHEDULE, photo(2)[1].y, SIGMA, used))
+
+
+def test_a_warm_start_begins_at_the_error_of_its_image_and_is_guided_by_it():
+    """Guided by a perfect image it delivers that one; an image that errs without bounds guides nothing."""
+    f, problem = rand(2, 3, 8, 8), masked(rand(2, 3, 8, 8), half_known(side=8))
+    for facts, error in (({"error": [0.001, 0.003], "risk": [1.0]}, 0.002), ({"risk": [0.01, -1.0]}, 0.005)):
+        found = hybrid.warm_start(problem, model(), gen(1), [dip.Restoration(f, facts)], kappa=3.0)
+        t = hybrid.start_step(SCHEDULE, error, 3.0)
+        chain = hybrid.reverse(f, model(), t, 8, gen(1), refine=hybrid.agree(problem, model().v))
+        for a, b in zip(found, chain, strict=True):
+            assert torch.equal(a.image, ddpm.to_image(b.x0_hat)) and a.facts == {"t": t}
+    settings = {"experts": [dip.Restoration(f, {"error": [0.0, 1e9]})], "t": 300, "eta": 0.5}
+    *_, led = hybrid.warm_start(problem, model(), gen(1), guide=True, **settings)
+    *_, plain = hybrid.warm_start(problem, model(), gen(1), **settings)
+    expected = torch.stack([f[0], plain.image[1]])
+    assert (led.image - expected).abs().max() < 1e-3 < (plain.image - f).abs().mean()
+
+
+def test_a_brief_dip_needs_no_model_and_does_not_see_what_is_kept_back():
+    problem, g = photo(2)[1], gen(1)
+    tools, unseen = fresh(problem, g), hybrid.kept_back(problem, g)
+    steps = list(dip.fit(problem.y * (1 - unseen), lambda f: f * (1 - unseen), *tools, 8, g))
+    for seen in (problem, problem._replace(y=problem.y + 0.3 * unseen)):
+        found = list(hybrid.refit(seen, None, fresh, gen(1), None, brief=8, evaluations=0))
+        for ours, step in zip(found, [*steps, steps[-1]], strict=True):
+            assert torch.equal(ours.image, step.average) and ours.facts["updates"] == step.i
+        assert found[-1].facts == {"updates": 8, "error": seen.error_on(unseen, step.average)}
+
+
+@pytest.mark.parametrize("offset, fusion", [(0.1, True), (0.0, True), (1e4, True), (0.0, False)])
+def test_refits_of_a_brief_dip_lead_the_chain_and_interpolation_as_far_as_it_is_right(offset, fusion):
+    """Written out: agree, fit again, fuse, agree. Perfect interpolation is delivered, useless one ignored."""
+    x, known, g = photo(2)[0], half_known(), gen(1)
+    problem = masked(x, known)
+    found = list(hybrid.refit(problem, model(), fresh, gen(1), lambda p: x + offset, fusion=fusion, brief=6,
+                              updates=3, weight=0.2, evaluations=4, eta=0.5))
+    (net, z), unseen = fresh(problem, g), hybrid.kept_back(problem, g)
+    *_, step = dip.fit(problem.y * (1 - unseen), masked(x, known - unseen).operator.A, net, z, 6, g)
+    error = torch.tensor(problem.error_on(unseen, step.average))
+    share = error / (error + max(offset ** 2, 1e-9)) * fusion
+    t = hybrid.start_step(SCHEDULE, (error * (1 - share)).mean().item(), 4.0)
+    agree, again = hybrid.agree(problem, model().v), hybrid.fitted_again(problem, net, z, 3, g, 0.2)
+    fuse = hybrid.fuse(problem.consistent(x + offset), lambda t: share.reshape(2, 1, 1, 1))
+    refine = hybrid.in_turn(agree, again, fuse, agree)
+    chain = hybrid.reverse(step.average, model(), t, 4, g, eta=0.5, refine=refine)
+    for k, (ours, theirs) in enumerate(zip(found[7:], chain, strict=True), 1):
+        assert torch.allclose(ours.image, ddpm.to_image(theirs.x0_hat), atol=1e-4)
+        assert ours.facts == {"updates": 6 + 3 * k, "t": t, "error": error.tolist()}
+        assert torch.allclose(ours.image, x, atol=1e-3) == (offset == 0 and fusion)
+    assert all(torch.allclose(step.image * known, problem.y, atol=1e-5) for step in found)
+
+
+# ---------------------------------------------------------------------------- a diffusion model in DIP's loss
+
+@pytest.mark.parametrize("sigma", [0.0, SIGMA])
+def test_without_weight_and_floor_a_regularised_fit_is_plain_dip(sigma):
+    x, problem = photo(2, sigma)
+    ours = hybrid.regularised(problem, None, fresh, gen(1), steps=9, weight=0.0, floor=0.0)
+    rules = {"": lambda p: dip.FixedBudget(9)}
+    for a, b in zip(ours, dip.deep_image_prior(problem, fresh, gen(1), steps=9, rules=rules), strict=True):
+        assert torch.equal(a.image, b.image) and torch.equal(a.now, b.now) and a.facts == b.facts
+    tiny = dip.Problem(x[..., :5, :5], dip.identity(), sigma)
+    assert sum(1 for _ in hybrid.regularised(tiny, None, pixels, gen(), weight=0.0)) == (800 if sigma else 25)
+
+
+@pytest.mark.parametrize("sigma, weight, floor", [
+    (0.0, None, 1.0), (0.0, 2.0, 1.0), (0.05, None, 1.0), (0.1, 0.2, 1.0), (0.1, 0.2, 4.0), (0.6, 0.5, 1.0)])
+def test_free_pixels_end_between_the_guess_and_the_edge_of_the_noise(sigma, weight, floor):
+    """y + s (c − y), s = min(1, max(w/(1 + w), √(floor σ²)/|c − y|)): a model that knows one image c is a
+    second measurement. The default of w is 0.3 with noise, 0.1 without."""
+    y, c = rand(2, 1, 1, 16, 16)
+    net, problem = Pixels(0.5 + 0 * y), dip.Problem(y, dip.identity(), sigma)
+    fit = hybrid.regularised(problem, model(knows(c)), lambda *_: (net, torch.zeros(1)), gen(), weight=weight,
+                             floor=floor, steps=900, begin=0, refresh=900, lr=0.003, jitter=0)
+    settled = torch.stack([net.image.detach().clone() for _ in fit][-300:]).mean(0)
+    w, distance = weight or (0.3 if sigma else 0.1), (c - y).square().mean().sqrt().item()
+    s = min(1, max(w / (1 + w), math.sqrt(floor) * sigma / distance))
+    assert (settled - (y + s * (c - y))).square().mean().sqrt() < 0.01
+
+
+@given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 12), st.integers(1, 4))
+def test_the_model_is_evaluated_at_every_refresh_after_the_beginning_only(steps, refresh, begin, evaluations):
+    """From t down to t/3 as the fit goes on, by `evaluations` jumps to the end; with noise at y only."""
+    asked, expected, problem = [], [], dip.Problem(rand(2, 1, 2, 2), dip.identity())
+    settings = {"steps": steps, "refresh": refresh, "begin": begin, "evaluations": evaluations, "t": 400}
+    for i, _ in enumerate(hybrid.regularised(problem, listening(asked), pixels, gen(), **settings), 1):
+        late = i - 1 - min(begin, steps // 3)
+        if late >= 0 and late % refresh == 0:
+            expected += [t for t, _ in ddpm.jumps(round(400 - 800 / 3 * i / steps), evaluations)]
+        assert [t for _, t in asked] == expected and len(asked) % evaluations == 0
+    list(hybrid.regularised(problem._replace(sigma=0.1), listening(asked), pixels, gen(), **settings))
+    assert [t for _, t in asked] == [*expected, ddpm.step_of(SCHEDULE, 0.1)]
+
+
+def test_the_model_sees_the_diffused_average_of_the_images_and_before_that_the_fit_is_plain_dip():
+    """The images with weights 0.9^(i−j), normalised, diffused by the generator's noise."""
+    asked, images, g, nets = [], [], gen(5), [Pixels(rand(2, 1, 4, 4, seed=1)) for _ in range(2)]
+    settings = {"steps": 12, "begin": 3, "refresh": 4, "evaluations": 1, "t": 200, "jitter": 0}
+    fits = [hybrid.regularised(dip.Problem(rand(2, 1, 4, 4), dip.identity()), listening(asked),
+                               lambda *_, net=net: (net, torch.zeros(1)), gen(5), weight=weight, **settings)
+            for net, weight in zip(nets, (5.0, 0.0))]
+    for i in range(1, 13):
+        images.append(nets[0].image.detach().clone())
+        _ = next(fits[0]), next(fits[1]), torch.randn(1, generator=g)
+        assert torch.equal(nets[0].image, nets[1].image) == (i <= 3)
+        if i in (4, 8, 12):
+            weights = torch.tensor([0.9 ** (i - j) for j in range(1, i + 1)])
+            mean = ddpm.to_diffusion(torch.tensordot(weights / weights.sum(), torch.stack(images), 1))
+            expected = ddpm.q_sample(SCHEDULE, mean, asked[-1][1], torch.randn(2, 1, 4, 4, generator=g))
+            assert torch.allclose(asked[-1][0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("sigma", [0.0, SIGMA])
+def test_no_gradient_reaches_the_model(sigma):
+    network = ddpm.UNet(3, (8, 8))
+    exact = model(ddpm.denoiser(network, SCHEDULE, ddpm.v_head))
+    list(hybrid.regularised(photo(1, sigma)[1], exact, fresh, gen(), steps=5, begin=0, refresh=2))
+    assert all(weights.grad is None for weights in network.parameters())
