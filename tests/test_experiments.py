@@ -142,7 +142,7 @@ def test_killed_work_is_resumed_and_finished_work_is_left_alone(tmp_path):
                       "    E.compute([E.job('nlm', p, 'noise 25', size=32) for p in E.TEST[:2]] + "
                       "[E.job('dip', 'coffee', 'hole', size=32, steps=int(sys.argv[1]))], 2)\n"
                       "    print('finished')\n")
-    begin = functools.partial(subprocess.Popen, cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True)
+    begin = functools.partial(subprocess.Popen, cwd=tmp_path, start_new_session=True)
     process = begin([sys.executable, str(script), "99999"])
     began, cache = time.time(), tmp_path / ".cache"
     while len(list(cache.glob("nlm-*.pt"))) < 2 and time.time() - began < 90:
@@ -215,9 +215,7 @@ def test_unknown_holes_and_false_claims_fail_the_build(template):
 
 
 def test_records_are_written_trusted_and_refused(tiny, tmp_path, monkeypatch):  # noqa: F811
-    """All computes on a fresh clone and nothing twice; with reuse committed records are trusted where keys
-    fit.
-    """
+    """Nothing is computed twice; with reuse committed records are trusted where keys fit."""
     rows, worked = {"final": [("nlm", E.job("nlm", "coffee", "noise 25", size=32))]}, []
     monkeypatch.setattr(E, "OUT", {"full": tmp_path / "out"})
     monkeypatch.setattr(E, "rows_of", lambda scale: rows)
@@ -258,7 +256,7 @@ def test_no_typed_number_that_a_computer_produced():
     """Decimals, and numbers with a unit of measurement, come from holes only."""
     def typed(text):
         text = re.sub(r"^#.*?$", "", text, flags=re.M)
-        for pattern in (r"<<.*?>>", r"<!--.*?-->", r"\$.*?\$", r"`[^`]*`", r"\]\([^)]*\)", r"[Ss]ection \d\.\d"):
+        for pattern in (r"<<.*?>>", r"<!--.*?-->", r"\$.*?\$", r"`[^`]*`", r"\]\([^)]*\)", r"ection [\d.]+"):
             text = re.sub(pattern, "", text, flags=re.S)
         return re.findall(r"(?<![\w.])\d+\.\d+(?![\d.]*\w*/)|\d+\s*(?:dB|seconds|minutes|s\b|ms\b)", text)
     assert not typed((ROOT / "REPORT.in.md").read_text())
@@ -323,7 +321,7 @@ def test_refusals_are_one_sentence(tmp_path):
     flat = save(tmp_path / "flat.png", np.full((40, 40), 9, np.uint8))
     cases = [
         ("no file", {"image": "none.png"}), ("cannot be read", {"image": str(tmp_path / "broken.png")}),
-        ("cannot be read", {"image": str(tmp_path / "cut.png")}), ("cannot be read", {"image": str(tmp_path)}),
+        ("be read", {"image": str(tmp_path / "cut.png")}), ("be read", {"image": str(tmp_path)}),
         ("not numbers", {"image": str(tmp_path / "nan.tiff")}), ("resize it", {"image": small}),
         ("needs IMAGE", {"image": ""}), ("needs IMAGE", {"task": "sharpen"}), ("no noise", {"image": flat}),
         ("choose interpolation", {"task": "superres", "method": "pair"}), ("choose nlm", {"method": "magic"}),

@@ -42,9 +42,7 @@ def test_imports(name):
 
 @pytest.mark.parametrize("name", PURE)
 def test_purity(name):
-    """No files, clocks, global seeds or device choice; random numbers come from a generator that was passed
-    in.
-    """
+    """No files, clocks, global seeds or device choice; random numbers come from a generator."""
     for node in ast.walk(tree(name)):
         if isinstance(node, ast.Attribute):
             assert node.attr not in {"manual_seed", "is_available", "save", "load", "default_generator"}
@@ -116,7 +114,6 @@ def tiny(learnt, tmp_path, monkeypatch):
 
 
 def made(job):
-    """The result of a job, made here with all that it needs."""
     for each in E.missing([job]):
         E.make(each)
     return job.result()
@@ -149,9 +146,7 @@ def test_what_a_method_delivers_does_not_depend_on_the_scores(tiny, monkeypatch,
     ("two-dips", "×4", "superres", {"factor": "4"}),
     ("weighted", "noise 25, cut to [0, 1]", "denoise", {"sigma": "25"})])
 def test_restore_gives_the_picture_of_the_record(tiny, tmp_path, monkeypatch, method, task, users, more):
-    """A test photo's measurement, given to restore as a file, by the same method: the same picture, bit for
-    bit.
-    """
+    """The measurement of a test photo, given to restore as a file: the same picture, bit for bit."""
     exact = E.measured
 
     def rounded(*what):
@@ -197,4 +192,4 @@ def test_pictures_of_a_group_are_fitted_as_one_and_scored_each(tiny):
     assert result["records"][1]["psnr"] == pytest.approx(psnr, abs=1e-4)
     job = E.job("warm-start", "coffee", "hole", size=48, model=tiny, samples=2)
     sampled = made(E.quickly(job))["records"]
-    assert len(sampled) == 1 and sampled[0]["diversity"] > 0 and sampled[0]["evaluations"] == 2
+    assert len(sampled) == 1 and sampled[0]["diversity"] > 0 and sampled[0]["evaluations"] == 8

@@ -28,7 +28,6 @@ def randn(*shape, seed=0):
 
 
 def fresh(problem, generator, copies=1):
-    """Small networks, `copies` for each image of the problem, and their inputs."""
     n, (channels, *size) = copies * len(problem.y), problem.shape[1:]
     torch.manual_seed(int(torch.randint(2 ** 31, (1,), generator=generator)))
     net = dip.Hourglass(4, channels, (8, 8), upsample="nearest", padding="zeros", copies=n)
@@ -46,7 +45,6 @@ class Pixels(torch.nn.Module):
 
 
 def pixels(problem, generator, copies=1):
-    """Free pixels in the place of networks; they start grey."""
     start = torch.full((copies * len(problem.y), *problem.shape[1:]), 0.5)
     return Pixels(start), torch.zeros(len(start), 1, 1, 1)
 
@@ -116,14 +114,6 @@ def test_a_recorrupted_target_is_independent_of_the_whole_noisier_tail():
             assert found < 0.015 if j >= k else found > 0.1
 
 
-def test_stages_drawn_independently_leak():
-    """The counter-example: q_1 = y + S_1 ξ_1 and q_2 = y + S_2 ξ_2 drawn afresh together know n."""
-    x, y, (first, nested) = many_chains(100000, (0.5, 1.0), (1, 1, 1))
-    c, alone = hybrid.recorrupted_target(y, SIGMA, first) - x, hybrid.noising_chain(y, SIGMA, (1.0,), gen(9))
-    leaky, fair = ((c * (0.8 * first.q + 0.2 * link.q - x)).mean().item() for link in (*alone, nested))
-    assert leaky == pytest.approx(SIGMA ** 2 / 5, rel=0.1) and abs(fair) < 0.02 * SIGMA ** 2
-
-
 def test_a_chain_must_rise():
     for ratios in ((1.0, 0.5), (0.5, 0.5), (0.0,)):
         with pytest.raises(ValueError, match="rise"):
@@ -131,7 +121,7 @@ def test_a_chain_must_rise():
 
 
 @pytest.mark.parametrize("estimate", [
-    torch.zeros_like, torch.clone, lambda q: 0.7 * q + 0.1, lambda q: (3 * q).tanh() ** 2, lambda q: q.round()])
+    torch.zeros_like, torch.clone, torch.round, lambda q: 0.7 * q + 0.1, lambda q: (3 * q).tanh() ** 2])
 def test_risks_are_unbiased_for_any_estimator_and_a_pair_is_quieter(estimate):
     """The estimated minus the true error, in 200 groups of 200 experiments."""
     (x, y, (link, *_)), misses = many_chains(40000), []
@@ -145,7 +135,7 @@ def test_risks_are_unbiased_for_any_estimator_and_a_pair_is_quieter(estimate):
 
 
 def test_pair_risk_is_sure_with_a_central_difference_and_every_risk_scales_with_the_square():
-    (x, y, ((S, q),)), risks = many_chains(3, (0.5,)), []
+    (_, y, ((S, q),)), risks = many_chains(3, (0.5,)), []
     for k in (1, 2):
         f, g, at = k * q ** 2, k * (2 * y - q) ** 2, (k * y, k * SIGMA, hybrid.Link(k * S, k * q))
         divergence = ((f - g) * (q - y)).mean().item() / (2 * k * S ** 2)
@@ -153,18 +143,6 @@ def test_pair_risk_is_sure_with_a_central_difference_and_every_risk_scales_with_
         assert hybrid.pair_risk(f, g, *at) == pytest.approx(sure, abs=1e-12)
         risks.append([sure, hybrid.risk(f, *at), hybrid.expected_error(k * k / 99, f, g, *at)])
     assert risks[1] == pytest.approx([4 * value for value in risks[0]], rel=1e-12)
-
-
-@pytest.mark.parametrize("antithetic", [False, True])
-def test_risks_are_unbiased_for_trained_networks(antithetic):
-    """Networks fitted to noisier states, warm from the noisiest on; the misfit to y itself is an optimist."""
-    x, problem = photo(20, channels=1)
-    *_, end, _ = hybrid.antithetic_pair(problem, fresh, gen(1), ratios=(1.5, 0.7), antithetic=antithetic,
-                                        warm=True, patience=99, steps=20)
-    true, misfit = ((end.now - image).square().mean((1, 2, 3)) for image in (x, problem.y))
-    error, naive = torch.tensor(end.others["stage 2"].facts["risk_now"]) - true, misfit - SIGMA ** 2 - true
-    assert abs(error.mean()) < 3 * error.std() / math.sqrt(20) < true.mean()
-    assert naive.mean() < -3 * naive.std() / math.sqrt(20)
 
 
 def test_a_posterior_mean_knows_its_own_error():
@@ -219,16 +197,6 @@ def test_every_image_of_a_batch_is_delivered_at_its_own_least_risk(antithetic):
     assert min(stops) < max(stops) == len(steps) < 99
 
 
-@pytest.mark.parametrize("ratios", [(0.5,), (1.0, 0.5)])
-def test_watching_goes_on_and_changes_nothing_delivered(ratios):
-    settings = {"ratios": ratios, "patience": 3, "steps": 60, **QUICK}
-    blind, seen = (list(hybrid.antithetic_pair(photo()[1], pixels, gen(2), watch=watch, **settings))
-                   for watch in (False, True))
-    assert torch.equal(blind[-1].image, seen[-1].image) and blind[-1].facts == seen[-1].facts
-    first = blind[-1].others["stage 1"].facts["stopped"][0] + 1 if len(ratios) == 2 else 0
-    assert len(blind) < len(seen) == first + 60 and not torch.equal(blind[-1].now, seen[-1].now)
-
-
 @pytest.mark.parametrize("warm", [False, True])
 def test_stages_are_walked_in_order_and_combined_by_their_expected_errors(warm):
     """On nested states; each starts with fresh networks, or with `warm` the same ones go on."""
@@ -265,30 +233,17 @@ def test_one_sided_sure_stops_a_plain_fit_by_the_divergence_that_its_twin_shows(
     assert seen[1].facts["updates"] == 4 and len(seen) == (40 if watch else stopped)
 
 
-def test_any_estimator_on_recorrupted_photos_knows_its_risk():
-    x, y, _ = many_chains(3000, (0.5,))
+def test_a_diffusion_pair_is_the_mean_of_two_recorrupted_photos_denoised():
+    _, y, _ = many_chains(30, (0.5,))
     found, = hybrid.diffusion_pair(dip.Problem(y, None, SIGMA), model(), gen(4), ratio=0.5, evaluations=3)
     link, = hybrid.noising_chain(y, SIGMA, [0.5], gen(4))
     f, g = (ddpm.denoise_photo(gaussian(), SCHEDULE, q, math.hypot(SIGMA, link.S), 3)
             for q in (link.q, 2 * y - link.q))
     risk = hybrid.pair_risk(f[7:8], g[7:8], y[7:8], SIGMA, link._replace(q=link.q[7:8]))
-    misses = torch.tensor(found.facts["risk"]) - (found.image - x).square().mean((1, 2, 3))
     assert torch.allclose(found.image, (f + g) / 2) and found.facts["risk"][7] == pytest.approx(risk)
-    assert abs(misses.mean()) < 4 * misses.std() / math.sqrt(3000)
 
 
-@given(st.floats(0, 1), st.floats(0, 1), st.integers(0, 99))
-def test_two_images_are_weighted_by_the_closed_form(risk_f, risk_g, seed):
-    """w = 1/2 + (r_g − r_f)/(2 D), cut to [0, 1], with D the mean squared distance."""
-    f, g = randn(2, 1, 1, 8, 8, seed=seed)
-    D = (f - g).square().mean().item()
-    w = min(1, max(0, 0.5 + (risk_g - risk_f) / (2 * D)))
-    weights, error = hybrid.best_weights([f, g], [risk_f, risk_g])
-    assert weights.tolist() == pytest.approx([w, 1 - w], abs=1e-6)
-    assert error == pytest.approx(w * risk_f + (1 - w) * risk_g - w * (1 - w) * D, abs=1e-6)
-
-
-@given(st.sampled_from([3, 4]), st.floats(0, 1), st.integers(0, 99))
+@given(st.sampled_from([2, 3, 4]), st.floats(0, 1), st.integers(0, 99))
 def test_no_other_weights_are_better_and_the_announced_error_is_true(K, shared, seed):
     """With true risks, for errors of unlike size that are partly shared, against a grid of the simplex."""
     x, common, *own = randn(K + 2, 1, 1, 8, 8, seed=seed)
@@ -302,12 +257,8 @@ def test_no_other_weights_are_better_and_the_announced_error_is_true(K, shared, 
 
 def test_duplicates_and_zero_distances_do_not_break_the_weights_and_independent_images_gain_half():
     f, g = randn(2, 1, 1, 200, 200)
-    pair, error = hybrid.best_weights([f, g], [0.9, 1.0])
-    for images, risks in (([f, f, g], [0.9, 0.9, 1.0]), ([f, g, g], [0.9, 1.0, 1.0])):
-        weights, again = hybrid.best_weights(images, risks)
-        mixture = sum(w * image for w, image in zip(weights, images))
-        assert again == pytest.approx(error) and torch.allclose(mixture, pair[0] * f + pair[1] * g)
-    for images, risks, least in (([f, f, f], [3, 2, 4], 2), ([f, f], [0, 0], 0), ([f, g], [1, 1], 0.5)):
+    for images, risks, least in (([f, f, f], [3, 2, 4], 2), ([f, f], [0, 0], 0), ([f, g], [1, 1], 0.5),
+                                 ([f, f, g], [1, 1, 1], 0.5)):
         assert hybrid.best_weights(images, risks)[1] == pytest.approx(least, abs=0.01)
 
 
@@ -327,7 +278,6 @@ def test_images_are_weighted_one_by_one_and_a_plain_mean_agrees_with_the_measure
 # ------------------------------------------------------------------------------------ measurements kept back
 
 def holed(side, size=64, corner=20):
-    """1, but 0 in a square hole."""
     known = torch.ones(1, 1, size, size)
     known[..., corner:corner + side, corner:corner + side] = 0
     return known
@@ -357,8 +307,7 @@ def test_the_depth_of_a_hole_is_the_number_of_layers_that_can_be_peeled_off():
 @pytest.mark.parametrize("known, width, count", [
     (holed(16), 8, 3), (holed(11, 42), 6, 2), (holed(12, 60, 0), 12, 2), (holed(40, 56, 8), 8, 2)])
 def test_beside_a_wide_hole_whole_squares_as_wide_as_it_is_deep_are_kept_back(known, width, count):
-    """Known and near the hole; about a twentieth of what is known, a tenth at most, and two where they fit.
-    """
+    """Known and near the hole; about a twentieth of what is known, a tenth at most."""
     hidden, near = set(), functional.max_pool2d(1 - known, 2 * width + 1, 1, width)
     for seed in range(60):
         unseen = keep_back(known, seed)
@@ -423,12 +372,6 @@ def test_an_image_starts_where_its_error_times_kappa_is_the_noise(error, kappa, 
     assert hybrid.start_step(s, -0.01) == hybrid.start_step(s, 0.0) == 1
 
 
-def test_hooks_in_turn_are_applied_the_first_one_first_and_all_see_the_step():
-    double, add = (lambda x, t: 2 * x), (lambda x, t: x + t)
-    assert hybrid.in_turn()(1, 7) == 1 and hybrid.in_turn(double)(1, 7) == 2
-    assert hybrid.in_turn(double, add)(1, 7) == 9 and hybrid.in_turn(add, double)(1, 7) == 16
-
-
 @pytest.mark.parametrize("operator", [dip.identity(), dip.mask(half_known(side=8)), dip.downsample(4)])
 @pytest.mark.parametrize("sigma", [0.0, 0.1, 0.5])
 def test_agreeing_moves_a_guess_towards_the_measurement_within_the_range_only(operator, sigma):
@@ -440,32 +383,15 @@ def test_agreeing_moves_a_guess_towards_the_measurement_within_the_range_only(op
     assert torch.allclose(*(x - operator.pinv(operator.A(x)) for x in (moved, f)), atol=1e-6)
 
 
-@given(st.floats(1e-4, 1.0), st.floats(1e-4, 1.0))
-def test_no_other_weight_fuses_independent_errors_better(a, b):
-    """Errors of variance a and b leave (1−w)² a + w² b, at best a b/(a + b)."""
-    pair = torch.eye(2, dtype=torch.float64)
-    fuse = hybrid.fuse(pair[1], lambda t: hybrid.inverse_variance(a * (t == 3), b))
-    rest, w = ddpm.to_image(fuse(ddpm.to_diffusion(pair[0]), 3)).tolist()
-    assert w + rest == pytest.approx(1) and rest ** 2 * a + w ** 2 * b == pytest.approx(a * b / (a + b))
-
-
 @pytest.mark.parametrize("weight", [0.0, 1e6])
 def test_a_refit_without_weight_is_dip_going_on_and_with_all_of_it_dip_on_the_guess(weight):
-    (x, problem), guess, g = photo(2), rand(2, 3, 16, 16), gen(5)
+    (_, problem), guess, g = photo(2), rand(2, 3, 16, 16), gen(5)
     (ours, z), (theirs, _) = fresh(problem, gen(1)), fresh(problem, gen(1))
     again = hybrid.fitted_again(problem, ours, z, 4, gen(5), weight, lr=0.003)
     for target in ((guess,) if weight else (problem.y, problem.y)):
         *_, last = dip.fit(target, problem.operator.A, theirs, z, 4, g, lr=0.003)
         found = ddpm.to_image(again(ddpm.to_diffusion(guess), 7))
         assert (found - last.average).abs().mean() < (1e-4 if weight else 1e-7)
-
-
-@pytest.mark.parametrize("weight", [0.5, 4.0])
-def test_a_refit_of_free_pixels_settles_between_measurement_and_guess(weight):
-    problem, guess = dip.Problem(rand(2, 1, 4, 4), dip.identity()), rand(2, 1, 4, 4, seed=1)
-    again = hybrid.fitted_again(problem, *pixels(problem, gen()), 300, gen(), weight, decay=0.5, jitter=0)
-    expected = (problem.y + weight * guess) / (1 + weight)
-    assert torch.allclose(ddpm.to_image(again(ddpm.to_diffusion(guess), 7)), expected, atol=5e-3)
 
 
 @pytest.mark.parametrize("s", [ddpm.linear(1000), SCHEDULE])
@@ -490,30 +416,6 @@ def test_the_refined_image_is_diffused_and_taken_back_by_ddim(t, evaluations, et
     assert first.t == t and torch.equal(first.x0_hat, x0) and torch.equal(first.x, x)
     for a, b in zip(rest, ddpm.ddim(gaussian(), SCHEDULE, x, evaluations, g, eta, t, refine), strict=True):
         assert a.t == b.t and torch.equal(a.x, b.x) and torch.equal(a.x0_hat, b.x0_hat)
-
-
-@pytest.mark.parametrize("t", [1, 100, 700])
-def test_one_point_is_reached_from_every_start_and_gaussian_data_follow_the_flow(t):
-    """With all steps DDIM is the probability flow, which keeps (x − √ᾱ m)/√(ᾱ s² + 1−ᾱ)."""
-    f, point, a = rand(2, 1, 8, 8), rand(1, 1, 8, 8, seed=1), SCHEDULE.alpha_bar[t].item()
-    *_, end = hybrid.reverse(f, model(knows(point)), t, 6, gen(), eta=0.3)
-    assert torch.allclose(ddpm.to_image(end.x), point.expand_as(f), atol=1e-5)
-    start, *_, end = hybrid.reverse(f, model(), t, t, gen())
-    flow = MEAN + STD * (start.x - math.sqrt(a) * MEAN) / math.sqrt(a * STD ** 2 + 1 - a)
-    assert torch.allclose(end.x, flow, atol=0.02)
-
-
-@pytest.mark.parametrize("t", [100, 400, 700])
-def test_what_a_wrong_start_costs(t):
-    """Error r starts r/σ_t deviations off: KL = r²/(2 σ_t²), total variation erf(r/(√8 σ_t)), both of which
-    the deterministic chain keeps, as it can be undone, and noise on the way lowers."""
-    def deviations(eta):
-        wrong, right = (hybrid.reverse(torch.full((5000, 1, 1, 1), value), model(), t, 10, gen(), eta=eta)
-                        for value in (0.5, 0.4))
-        return [((a.x - b.x).mean() / b.x.std()).item() for a, b in zip(wrong, right)]
-    start, *_, end = deviations(0.0)
-    assert start == pytest.approx(0.1 / ddpm.noise_level(SCHEDULE)[t].item(), rel=0.03)
-    assert end == pytest.approx(start, rel=1e-3) and 0 <= deviations(1.0)[-1] < 0.97 * start
 
 
 def test_the_model_alone_samples_the_exact_posterior():
@@ -641,11 +543,3 @@ def test_the_model_sees_the_diffused_average_of_the_images_and_before_that_the_f
             mean = ddpm.to_diffusion(torch.tensordot(weights / weights.sum(), torch.stack(images), 1))
             expected = ddpm.q_sample(SCHEDULE, mean, asked[-1][1], torch.randn(2, 1, 4, 4, generator=g))
             assert torch.allclose(asked[-1][0], expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("sigma", [0.0, SIGMA])
-def test_no_gradient_reaches_the_model(sigma):
-    network = ddpm.UNet(3, (8, 8))
-    exact = model(ddpm.denoiser(network, SCHEDULE, ddpm.v_head))
-    list(hybrid.regularised(photo(1, sigma)[1], exact, fresh, gen(), steps=5, begin=0, refresh=2))
-    assert all(weights.grad is None for weights in network.parameters())

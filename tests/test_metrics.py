@@ -44,13 +44,6 @@ def test_the_peak_is_a_unit_and_a_batch_is_its_images(seed):
         assert torch.allclose(measure(x, y), singles, atol=1e-6)
 
 
-@pytest.mark.parametrize("measure", [metrics.psnr, metrics.ssim])
-def test_both_are_differentiable(measure):
-    x, y = image(0, 2, 1, 13, 13).double(), image(1, 2, 1, 13, 13).double()
-    x = (0.2 + 0.6 * x).requires_grad_()
-    assert torch.autograd.gradcheck(lambda v: measure(v, y), (x,))
-
-
 @pytest.mark.parametrize("x, y, message", [
     (SQUARE, torch.zeros(1, 1, 16, 17), "differ in shape"), (SQUARE, SQUARE[0, 0], "float tensors"),
     (SQUARE.byte(), SQUARE.byte(), "float tensors"), (SQUARE[:0], SQUARE[:0], "not empty"),
@@ -73,19 +66,3 @@ def test_frechet_agrees_with_a_matrix_root_from_scipy(seed, d, shift):
     mean_gap = (a.double().mean(0) - b.double().mean(0)).square().sum().item()
     expected = mean_gap + np.trace(cov_a + cov_b - 2 * scipy.linalg.sqrtm(cov_a @ cov_b).real)
     assert metrics.frechet(a, b) == pytest.approx(expected, rel=1e-6, abs=1e-6)
-
-
-def test_frechet_of_singular_covariances_and_its_laws():
-    """Ten points of rank 3 in 40 dimensions; a shift counts squared."""
-    g = torch.Generator().manual_seed(0)
-    a = torch.randn(10, 3, generator=g) @ torch.randn(3, 40, generator=g)
-    b = torch.randn(12, 40, generator=g)
-    assert 0 <= metrics.frechet(a, a) < 1e-6
-    assert metrics.frechet(a, a + 2) == pytest.approx(160, rel=1e-6)
-    assert metrics.frechet(a, b) == pytest.approx(metrics.frechet(b, a), rel=1e-9)
-    for wrong in ((a, b[:, :3]), (a[:1], b), (a, b[:1]), (a[0], b[0])):
-        with pytest.raises(ValueError, match="frechet needs two sets"):
-            metrics.frechet(*wrong)
-    for bad in (math.nan, math.inf):
-        with pytest.raises(ValueError, match="finite features"):
-            metrics.frechet(a, b * bad)
