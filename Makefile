@@ -2,6 +2,7 @@
 PYTHON ?= python3
 JOBS ?=
 PY := .venv/bin/python
+PICTURES := sporco==0.2.2.post1 mahotas==1.4.19 scikit-learn==1.7.2
 
 .PHONY: help all quick test report figures bench restore train clean
 
@@ -22,9 +23,11 @@ help:
 	@echo "make clean    forget the cache and the quick results (out/ stays)"
 	@echo "Variables: PYTHON=$(PYTHON) (3.10 to 3.13), JOBS=number of processes (default: one per core)"
 
-.venv/ready: requirements.txt
+.venv/ready: requirements.txt Makefile
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@# Only the photographs inside these three are read, so what the packages need is left out.
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps $(PICTURES)
 	@touch $@
 
 all: .venv/ready

@@ -160,11 +160,13 @@ v_head = Head(target=v_target, x0=x0_of_v)
 
 
 def denoiser(net: nn.Module, s: Schedule, head: Head) -> Callable[[Tensor, int], Tensor]:
-    """The network as a function (xt, t) → x0_hat, clipped to the range of images, without gradient."""
-    @torch.no_grad()
+    """The network as a function (xt, t) → x0_hat, clipped to the range of images.
+
+    It has a gradient only where xt asks for one, never in the network's weights."""
     def denoise(xt: Tensor, t) -> Tensor:
         steps = torch.as_tensor(t, device=xt.device).expand(len(xt))
-        return head.x0(s, xt, steps, net(xt, steps)).clamp(-1, 1)
+        with torch.set_grad_enabled(xt.requires_grad):
+            return head.x0(s, xt, steps, net(xt, steps)).clamp(-1, 1)
     return denoise
 
 
@@ -201,18 +203,22 @@ def logit_normal(mean: float, std: float) -> Callable[[Tensor], Tensor]:
     return lambda u: torch.sigmoid(mean + std * torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)))
 
 
-def patches(photos: list[Tensor], generator: torch.Generator, n: int = 8, size: int = 64) -> Tensor:
-    """(n, C, size, size): random places of random photos (C, H, W), flipped and transposed at random."""
+def windows(photos: list[Tensor], generator: torch.Generator, n: int = 8, size: int = 64) -> Tensor:
+    """(n, C, size, size): random squares of random photos (C, H, W), reduced, flipped left-right at random.
+
+    The side of a square is log-uniform between `size` and the short side of its photo, so that the network
+    meets things near and far.
+    """
     def draw(high: int) -> int:
         return int(torch.randint(high, (1,), generator=generator))
     found = []
     for _ in range(n):
         image = photos[draw(len(photos))]
-        y, x = (draw(side - size + 1) for side in image.shape[1:])
-        patch = image[:, y:y + size, x:x + size]
-        patch = patch.flip(1) if draw(2) else patch
-        patch = patch.flip(2) if draw(2) else patch
-        found.append(patch.transpose(1, 2) if draw(2) else patch)
+        share = torch.rand(1, generator=generator).item()
+        side = round(size * (min(image.shape[1:]) / size) ** share)
+        y, x = (draw(length - side + 1) for length in image.shape[1:])
+        window = F.adaptive_avg_pool2d(image[:, y:y + side, x:x + side], size)
+        found.append(window.flip(2) if draw(2) else window)
     return torch.stack(found)
 
 

@@ -24,14 +24,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Optional
 
-import matplotlib
 import numpy as np
-import skimage
 import torch
 import torch.nn as nn
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
-from skimage.restoration import denoise_nl_means, inpaint_biharmonic
+from skimage.restoration import inpaint_biharmonic
 from torch import Tensor
 from tqdm import tqdm
 
@@ -56,10 +54,15 @@ def check(fine, why: str) -> None:
 
 # ------------------------------------------------------------------------------------------------------ data
 
-TEST = ("astronaut", "chelsea", "coffee", "rocket")
-DEVELOPMENT = ("motorcycle_left", "hubble_deep_field")
-TRAINING = ("retina", "ihc", "brick", "grass", "gravel", "coins", "moon", "cell", "camera", "page", "text",
-            "clock_motion", "microaneurysms", "grace_hopper")
+ONE = ("astronaut", "chelsea", "coffee", "rocket", "china", "luispedro")
+TWO = ("kodim23", "monarch", "sail", "tulips", "barbara", "flower")
+TEST, DEVELOPMENT = ONE + TWO, ("motorcycle_left", "hubble_deep_field", "grace_hopper", "camera")
+# No photograph is restored by a model that has seen it: each model learns from the other group and these.
+COMMON = ("coins", "brick", "grass", "gravel", "clock_motion", "moon", "retina")
+FIRST, GROUPS = ONE[:4], ("photos for group two", "photos for group one")
+LEARNT = {"photos for group one": TWO + COMMON, "photos for group two": ONE + COMMON}
+FOLDERS = {"skimage": "data", "matplotlib": "mpl-data/sample_data", "sklearn": "datasets/images",
+           "sporco": "data", "mahotas": "demos/data"}
 CAT_FACTORS = {"body": 15, "fur": 9, "eyes": 15, "mouth": 10, "accessory": 16}
 
 
@@ -70,8 +73,9 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def photo(name: str) -> Image.Image:
-    """A photograph from the installed wheels of scikit-image or matplotlib."""
-    folders = Path(skimage.__file__).parent / "data", Path(matplotlib.get_data_path()) / "sample_data"
+    """A photograph out of an installed wheel; the packages themselves are not imported."""
+    folders = (Path(importlib.util.find_spec(package).origin).parent / folder
+               for package, folder in FOLDERS.items())
     return Image.open(next(path for folder in folders for path in folder.glob(f"{name}.*"))).convert("RGB")
 
 
@@ -85,11 +89,10 @@ def square(name: str, size: int) -> Tensor:
 
 
 @functools.cache
-def training_photos(folder: str = "") -> list[Tensor]:
-    """The training photos, or a folder's, (3, H, W) at full, 1/2, 1/4 size where 64 pixels remain."""
-    found = map(to_tensor, map(photo, TRAINING)) if not folder else map(read_image, images_in(folder))
-    return [nn.functional.avg_pool2d(image.expand(-1, 3, -1, -1), k)[0] for image in found for k in (1, 2, 4)
-            if min(image.shape[-2:]) // k >= 64]
+def training_photos(data: str) -> list[Tensor]:
+    """What a photo model learns from, or a folder of images, (3, H, W), where the sides have 64 pixels."""
+    found = map(to_tensor, map(photo, LEARNT[data])) if data in LEARNT else map(read_image, images_in(data))
+    return [image.expand(-1, 3, -1, -1)[0] for image in found if min(image.shape[-2:]) >= 64]
 
 
 def images_in(folder: str) -> list[Path]:
@@ -133,11 +136,28 @@ def draw_cats(generator: torch.Generator, n: int, everything: bool = False) -> T
     return (parts if everything else parts[~never_trained(parts)])[:n]
 
 
+@functools.cache
+def robots(n: int = 32, size: int = 32) -> Tensor:
+    """(n, 3, size, size): robots of Zikri Kader (robohash, CC-BY 3.0), over white; no model learns from them."""
+    root, images = Path(importlib.util.find_spec("robohash").origin).parent / "sets" / "set1", []
+    generator, colours = seeded("robots"), sorted(folder for folder in root.iterdir() if folder.is_dir())
+    for k in range(n):
+        image = Image.new("RGBA", (300, 300), "white")
+        # the two digits behind "#" are the order in which the parts are laid over each other
+        folders = sorted(colours[k % len(colours)].iterdir(), key=lambda folder: folder.name.split("#")[1])
+        for files in (sorted(folder.glob("*.png")) for folder in folders):
+            chosen = files[int(torch.randint(len(files), (1,), generator=generator))]
+            image.alpha_composite(Image.open(chosen).convert("RGBA").resize(image.size))
+        images.append(to_tensor(image.convert("RGB").resize((size, size), Image.Resampling.BOX)))
+    return torch.cat(images)
+
+
 def pictures(names: tuple, size: int) -> Tensor:
-    """(B, 3, size, size), clean: photos by name, or cats (32 pixels) by number in a fixed row."""
-    if isinstance(names[0], str):
-        return torch.cat([square(name, size) for name in names])
-    return render_cats(draw_cats(torch.Generator().manual_seed(9), 64, everything=True))[list(names)]
+    """(B, 3, size, size), clean: photos by name, "robot 7", or cats (32 pixels) by number in a fixed row."""
+    if isinstance(names[0], int):
+        return render_cats(draw_cats(torch.Generator().manual_seed(9), 320, everything=True)[list(names)])
+    found = [robots()[[int(name[6:])]] if name.startswith("robot") else square(name, size) for name in names]
+    return torch.cat(found)
 
 
 # ------------------------------------------------------------------------------------------- tasks and tools
@@ -200,6 +220,11 @@ def starting(problem: dip.Problem, *seed) -> torch.Generator:
     return seeded(hashlib.sha256(problem.y.cpu().numpy().tobytes()).hexdigest(), *seed)
 
 
+def unseen_of(problem: dip.Problem) -> Tensor:
+    """Tool: 1 for the measurements that blind experts do not see, the same for all of them."""
+    return hybrid.kept_back(problem, starting(problem, "kept back"))
+
+
 def fresh(problem: dip.Problem, generator: torch.Generator, copies: int = 1, **options) -> tuple:
     """Tool: new hourglasses, `copies` for each picture, run as one network; and their inputs."""
     _, channels, *shape = problem.shape
@@ -214,33 +239,82 @@ def fresh(problem: dip.Problem, generator: torch.Generator, copies: int = 1, **o
     return network.to(DEVICE, memory_format=torch.channels_last), torch.cat(inputs).to(DEVICE)
 
 
-def each(function: Callable, x: Tensor, *args, **options) -> Tensor:
-    """function(picture (H, W, C) as an array, …) of scikit-image for every picture of x (B, C, H, W)."""
-    found = [function(image.permute(1, 2, 0).cpu().numpy(), *args, channel_axis=-1, **options) for image in x]
-    return torch.from_numpy(np.stack(found)).float().permute(0, 3, 1, 2).to(x.device)
-
-
 def interpolate(problem: dip.Problem) -> Tensor:
     """Tool: biharmonic interpolation of what is not known, then bicubic to the size of the picture."""
     unknown, filled = (problem.known == 0)[0, 0].cpu().numpy(), problem.y
     if unknown.any():
-        filled = each(inpaint_biharmonic, filled, unknown)
+        images = [inpaint_biharmonic(image.permute(1, 2, 0).cpu().numpy(), unknown, channel_axis=-1)
+                  for image in filled]
+        filled = torch.from_numpy(np.stack(images)).float().permute(0, 3, 1, 2).to(problem.y.device)
     if filled.shape[-2:] != problem.shape[-2:]:
         filled = nn.functional.interpolate(filled, size=problem.shape[-2:], mode="bicubic")
     return filled.clamp(0, 1)
 
 
-def non_local_means(y: Tensor, sigma: float) -> Tensor:
-    """Patches of 5 × 5, compared within 6 pixels (Buades, Coll & Morel 2005, as in scikit-image)."""
-    return each(denoise_nl_means, y, 5, 6, h=0.6 * sigma, sigma=sigma, fast_mode=True)
+def ridge_stage(y: Tensor, guide: Tensor, sigma: float, members: int, side: int = 5, reach: int = 18,
+                step: int = 4) -> Tensor:
+    """One stage of NL-Ridge on y (C, H, W): every patch becomes a combination of patches like it.
+
+    Groups of `members` patches, similar in `guide`, within `reach` pixels of a patch in every `step`-th row
+    and column. The combination Θ of least estimated risk: I − nσ²(YYᵀ)⁻¹ where y is its own guide, else
+    XXᵀ(XXᵀ + nσ²I)⁻¹ with the guide's patches X; n values a patch.
+    """
+    rows, cols = (length - side + 1 for length in y.shape[1:])
+    noisy, like = (nn.functional.unfold(image[None], side)[0].T.double() for image in (y, guide))
+    (count, n), total = noisy.shape, torch.zeros_like(noisy)
+    shares = torch.zeros(count, 1, dtype=torch.float64, device=y.device)
+    centres = torch.tensor(sorted({*range(0, cols, step), cols - 1}), device=y.device)
+    far = (centres[:, None] - torch.arange(cols, device=y.device)).abs() > reach
+    for row in sorted({*range(0, rows, step), rows - 1}):
+        low, high = max(0, row - reach), min(rows, row + reach + 1)
+        near = torch.arange(low * cols, high * cols, device=y.device)
+        distance = torch.cdist(like[row * cols + centres], like[near])
+        distance[far.repeat(1, high - low)] = math.inf
+        # among equals, the patch itself: so that every pixel is in a group
+        distance[torch.arange(len(centres)), (row - low) * cols + centres] = -1
+        group = near[distance.topk(min(members, (high - low) * (reach + 1)), largest=False).indices]
+        Y, gram = noisy[group], like[group] @ like[group].mT
+        noise = n * sigma ** 2 * torch.eye(gram.shape[-1], dtype=torch.float64, device=y.device)
+        if guide is y:
+            theta = torch.eye(len(noise), device=y.device) - noise @ torch.linalg.pinv(gram, hermitian=True)
+        else:
+            theta = torch.linalg.solve(gram + noise, gram).mT
+        share = 1 / theta.square().sum(2, keepdim=True)
+        total.index_add_(0, group.flatten(), (share * (theta @ Y)).flatten(0, 1))
+        shares.index_add_(0, group.flatten(), share.flatten(0, 1))
+    total, shares = (nn.functional.fold(x.T[None], y.shape[1:], side) for x in (total, shares.expand(-1, n)))
+    return (total / shares)[0].float()
+
+
+def nl_ridge(y: Tensor, sigma: float) -> Tensor:
+    """NL-Ridge (Herbreteau & Kervrann 2022) of photos y (B, C, H, W), a method of the class of BM3D."""
+    def denoise(image: Tensor) -> Tensor:
+        return ridge_stage(image, ridge_stage(image, image, sigma, 18), sigma, 55)
+    return torch.stack([denoise(image) for image in y])
 
 
 def smoother(s: ddpm.Schedule) -> Callable:
-    """Tool: non-local means in the place of a model, (xt, t) → x̂₀, at the noise level of t."""
+    """Tool: NL-Ridge in the place of a model, (xt, t) → x̂₀, at the noise level of t."""
     def denoise(xt: Tensor, t: int) -> Tensor:
         image = ddpm.to_image(xt / s.alpha_bar[t].sqrt().item())
-        return ddpm.to_diffusion(non_local_means(image, ddpm.noise_level(s)[t].item()))
+        return ddpm.to_diffusion(nl_ridge(image, ddpm.noise_level(s)[t].item()))
     return denoise
+
+
+def shifted(denoise: Callable, shift) -> Callable:
+    """Tool: the model of a shifted distribution, D_R(x) = R⁻¹ D(R x): R turns the picture upside down
+    ("flip") or rotates its hues by `shift` degrees about the grey axis.
+    """
+    if shift == "flip":
+        return lambda xt, t: denoise(xt.flip(2), t).flip(2)
+    # Rodrigues' formula; the axis is (1, 1, 1)/√3
+    angle, ones = math.radians(shift), torch.ones(3, 3)
+    cross = torch.tensor([[0., -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+    R = math.cos(angle) * torch.eye(3) + (1 - math.cos(angle)) / 3 * ones + math.sin(angle) * cross
+
+    def turn(matrix: Tensor, x: Tensor) -> Tensor:
+        return torch.einsum("ij,bjhw->bihw", matrix.to(x), x)
+    return lambda xt, t: turn(R.T, denoise(turn(R, xt), t))
 
 
 def perceptual(problem: dip.Problem, model: "Job", generator: torch.Generator) -> Callable:
@@ -250,7 +324,8 @@ def perceptual(problem: dip.Problem, model: "Job", generator: torch.Generator) -
 
 def adversarial(problem: dip.Problem, model: "Job", generator: torch.Generator) -> Callable:
     torch.manual_seed(0)
-    return hybrid.adversarial(problem, lambda: ddpm.patches(training_photos(), generator, 1))
+    photos = training_photos("photos for group one")
+    return hybrid.adversarial(problem, lambda: ddpm.windows(photos, generator, 1))
 
 
 PENALTIES = {"perceptual": perceptual, "adversarial": adversarial}
@@ -267,15 +342,19 @@ RULES = {"discrepancy, τ = 0.92": lambda p: dip.Discrepancy(p.sigma),
 
 # --------------------------------------------------------------------------------------------------- methods
 
-def interpolation(problem: dip.Problem, generator: torch.Generator, interpolate: Callable
-                  ) -> Iterator[dip.Restoration]:
+def interpolation(problem: dip.Problem, interpolate: Callable) -> Iterator[dip.Restoration]:
     """The classical formula for what is missing: no network, no model."""
-    yield from hybrid.judged(problem, generator, interpolate)
+    yield dip.Restoration(problem.consistent(interpolate(problem)))
 
 
-def means_of_patches(problem: dip.Problem) -> Iterator[dip.Restoration]:
-    """The classical formula for noise."""
-    yield dip.Restoration(non_local_means(problem.y, problem.sigma))
+def ridge(problem: dip.Problem) -> Iterator[dip.Restoration]:
+    """The classical formulas for noise."""
+    yield dip.Restoration(nl_ridge(problem.y, problem.sigma))
+
+
+def ridge_pair(problem: dip.Problem, generator: torch.Generator) -> Iterator[dip.Restoration]:
+    """The classical formulas for noise on an antithetic pair, with their risk."""
+    yield from hybrid.recorrupted(problem, generator, nl_ridge)
 
 
 class Method(NamedTuple):
@@ -287,23 +366,26 @@ class Method(NamedTuple):
     experts: tuple = ()
 
 
+STARTS = tuple(("dip", {"start": k} if k else {}) for k in range(3))
+MISSING = (("interpolation", {}), ("two-dips", {}), ("diffusion", {}))
 METHODS = {
     "interpolation": Method(interpolation, "a classical formula, biharmonic and bicubic", False),
-    "nlm": Method(means_of_patches, "a classical formula, non-local means", True),
+    "ridge": Method(ridge, "a classical formula, NL-Ridge", True),
+    "ridge-pair": Method(ridge_pair, "NL-Ridge on an antithetic pair", True),
     "dip": Method(dip.deep_image_prior, "a deep image prior on all measurements"),
-    "two-dips": Method(hybrid.averaged, "the mean of two", experts=(("dip", {}), ("dip", {"start": 1}))),
+    "two-dips": Method(hybrid.averaged, "the mean of two", experts=STARTS[:2]),
+    "three-dips": Method(hybrid.averaged, "the mean of three", experts=STARTS),
     "held-out": Method(hybrid.held_out, "DIP, stopped by measurements kept back: needs no SIGMA"),
     "sure": Method(hybrid.one_sided_sure, "DIP, stopped by Stein's estimate", True),
     "pair": Method(hybrid.antithetic_pair, "an antithetic pair of DIPs, stopped by its risk estimate", True),
     "diffusion": Method(hybrid.diffusion, "the diffusion model alone"),
     "diffusion-pair": Method(hybrid.diffusion_pair, "the diffusion model on an antithetic pair", True),
-    "warm-start": Method(hybrid.warm_start, "the diffusion model, started from interpolation", False,
-                         experts=(("interpolation", {}),)),
-    "weighted": Method(hybrid.weighted, "both pairs, weighted by their estimated risks", True,
-                       experts=(("pair", {}), ("diffusion-pair", {}))),
-    "brief": Method(hybrid.refit, "the brief DIP that starts the chain in refit", False, {"evaluations": 0}),
-    "refit": Method(hybrid.refit, "the reverse chain with DIP refits and interpolation", False),
-    "regularised": Method(hybrid.regularised, "DIP with the diffusion model in its loss"),
+    "weighted": Method(hybrid.weighted, "DIP, diffusion and NL-Ridge, weighted by their estimated risks", True,
+                       experts=(("pair", {}), ("diffusion-pair", {}), ("ridge-pair", {}))),
+    "stacked": Method(hybrid.stacked, "interpolation, DIP and diffusion, weighted by measurements kept back",
+                      False, experts=MISSING + tuple((name, {"blind": True}) for name, _ in MISSING)),
+    "refit": Method(hybrid.refit, "the reverse chain with DIP refits", False),
+    "regularised": Method(hybrid.regularised, "DIP with the diffusion model in its loss", True),
 }
 
 
@@ -322,18 +404,21 @@ def toolbox(problem: dip.Problem, generator: torch.Generator, model: Optional["J
             ) -> tuple[dict, list]:
     """The tools of a method (their settings leave `settings`), and a list of the evaluations of the model."""
     tools, evaluations = {"generator": generator, "interpolate": interpolate, "model": None}, []
+    tools["unseen"] = unseen_of(problem) if not problem.sigma else None
     tools["fresh"] = functools.partial(fresh, **dict(settings.pop("network", ())))
-    prior, grey = settings.pop("prior", None), problem.shape[1] == 1
+    prior, shift, grey = settings.pop("prior", None), settings.pop("shift", 0), problem.shape[1] == 1
     if "rules" in settings:
         settings["rules"] = {name: RULES[name] for name in settings["rules"]}
     if "penalty" in settings:
         settings["penalty"] = PENALTIES[settings["penalty"]](problem, model, generator)
     if model is not None:
         loaded = model_of(model)
-        denoise = smoother(loaded.schedule) if prior == "nlm" else loaded.denoise
+        denoise = smoother(loaded.schedule) if prior == "ridge" else loaded.denoise
+        denoise = shifted(denoise, shift) if shift else denoise
 
         def counted(xt: Tensor, t: int) -> Tensor:
-            evaluations.append(t)
+            # chains and views of one picture count, too
+            evaluations.extend([t] * (len(xt) // len(problem.y)))
             # A grey picture is three equal ones to the model.
             return denoise(xt.expand(-1, 3, -1, -1), t).mean(1, keepdim=True) if grey else denoise(xt, t)
         tools["model"] = loaded._replace(denoise=counted)
@@ -441,15 +526,22 @@ def job(method: str, photo="", task: str = "", *, seed: int = 0, size: int = 96,
     def frozen(value):
         return tuple(sorted((k, frozen(v)) for k, v in value.items())) if isinstance(value, dict) else value
     # Fits to noisy test photos are watched to their end, so that every question shares them.
-    if method in ("dip", "pair") and task in FITS and photo in TEST and size == 96 and not settings:
+    if method in ("dip", "pair") and task in FITS and photo in FIRST and size == 96 and not settings:
         settings = {"watch": True, "steps": round(FITS[task] * (1.16 if method == "pair" else 1))}
         settings |= {"rules": tuple(RULES)} if method == "dip" else {}
+    # The best form of diffusion alone, on development pictures: ΠGDM on cats; on photographs a late start
+    # where pixels are scattered, as interpolation is good there.
+    if method == "diffusion" and task in HIDDEN + ("large hole",):
+        late = {"t": 200} if task == "80 % missing" else {}
+        settings = ({"gradient": True} if size == 32 else late) | settings
     if experts is None:
         called = METHODS[method].experts if method in METHODS else ()
-        experts = tuple(job(name, photo, task, seed=seed, size=size, model=model, **more)
+        blind = {"blind": True} if settings.get("blind") else {}
+        experts = tuple(job(name, photo, task, seed=seed, size=size, model=model, **more | blind)
                         for name, more in called)
     used = method not in METHODS or "model" in names(method) or "penalty" in settings
     photos = photo if isinstance(photo, tuple) else (photo,)
+    model = PHOTOS[GROUPS[photos[0] in ONE]][-1] if model == "own" else model
     return Job(method, photos, task, seed, size, model if used else None, experts, frozen(settings))
 
 
@@ -519,12 +611,19 @@ def compute(jobs, processes: int) -> None:
 
 # -------------------------------------------------------------- work: training, sampling, restoring, scoring
 
-def recipe(data: str) -> tuple[tuple, Callable, float]:
-    """Widths of the U-Net, batches and learning rate for "cats", "photos", or a folder of images."""
+def recipe(data: str, pictures: int = 0) -> tuple[tuple, Callable, float]:
+    """Widths of the U-Net, batches and learning rate for "cats", photos, or a folder of images.
+
+    pictures: how many cats there are to learn from (0: no end of them)."""
     if data == "cats":
-        return (32, 64, 96, 128), lambda generator: render_cats(draw_cats(generator, 16)), 2e-3
-    photos = training_photos("" if data == "photos" else data)
-    return (32, 64, 96), functools.partial(ddpm.patches, photos), 3e-3
+        few = draw_cats(seeded("few", pictures), pictures) if pictures else None
+
+        def batch(generator: torch.Generator) -> Tensor:
+            parts = draw_cats(generator, 16) if few is None else few[torch.randint(
+                pictures, (16,), generator=generator)]
+            return render_cats(parts)
+        return (32, 64, 96, 128), batch, 2e-3
+    return (32, 64, 96), functools.partial(ddpm.windows, training_photos(data)), 3e-3
 
 
 def parts_of(chosen: dict) -> tuple[ddpm.Schedule, ddpm.Head]:
@@ -549,7 +648,8 @@ def model_of(job: Job, ema: bool = True) -> ddpm.Model:
 
 def train(job: Job) -> dict:
     """A diffusion model after `steps` updates, going on from the job before; v(t) measured at the end."""
-    chosen, (widths, batch, lr) = dict(job.settings), recipe(job.photos[0])
+    chosen = dict(job.settings)
+    widths, batch, lr = recipe(job.photos[0], chosen.get("pictures", 0))
     before = job.experts[0].result() if job.experts else {"trainer": None, "seconds": 0.0}
     torch.manual_seed(job.seed)
     network, (s, head) = ddpm.UNet(3, widths).to(DEVICE, memory_format=torch.channels_last), parts_of(chosen)
@@ -595,12 +695,15 @@ def examine(images: Tensor) -> dict:
 
 
 def sample(job: Job) -> dict:
-    """n pictures from a model by DDIM, or n real cats; judged against the real cats of the expert."""
+    """n pictures from a model by DDIM, or n real cats, or what the second expert restored; judged against the
+    real cats of the first."""
     chosen = {"steps": 50, "ema": True, "eta": 0.0} | dict(job.settings)
     generator, began, found = seeded(job.seed), time.perf_counter(), []
     real, n = job.model is None, chosen["n"]
     side = 32 if real or job.model.photos == ("cats",) else 64
-    if real:
+    if job.experts[1:]:
+        found.append(job.experts[1].result()["image"].clamp(0, 1).cpu())
+    elif real:
         found.append(render_cats(draw_cats(generator, n, everything=True)))
     while sum(map(len, found)) < n:
         denoise, s, _ = model_of(job.model, chosen["ema"])
@@ -620,15 +723,15 @@ def sample(job: Job) -> dict:
 def restoration(job: Job) -> dict:
     """Damage pictures, restore them by a method, score: the only place where a truth meets an estimate."""
     settings, truth = dict(job.settings), pictures(job.photos, job.size).to(DEVICE)
-    samples, start, leak, belief = (settings.pop(name, default) for name, default in (
-        ("samples", 1), ("start", 0), ("leak", False), ("belief", 1.0)))
+    start, leak, belief, blind = (settings.pop(name, default) for name, default in (
+        ("start", 0), ("leak", False), ("belief", 1.0), ("blind", False)))
     problem = measured(truth, job.task, *job.photos, job.seed if TASKS[job.task].sigma else 0)
     if leak:
         # LEAK: the method gets the truth in the place of the measurement, as in public projects.
         problem = problem._replace(y=truth)
-    sigma = belief * problem.sigma if belief else metrics.noise_level(problem.y)
-    problem = problem._replace(y=problem.y.repeat_interleave(samples, 0), sigma=sigma)
-    truth, curve, risks, clock = truth.repeat_interleave(samples, 0), [], [], [0.0]
+    problem = problem._replace(sigma=belief * problem.sigma if belief else metrics.noise_level(problem.y))
+    problem = problem.without(unseen_of(problem)) if blind else problem
+    curve, risks, clock = [], [], [0.0]
     tools, evaluations = toolbox(problem, starting(problem, job.seed, start), job.model, settings)
     results = [expert.result() for expert in job.experts]
     tools["experts"] = [dip.Restoration(result["image"], result["facts"]) for result in results]
@@ -645,11 +748,12 @@ def restoration(job: Job) -> dict:
     offers, curve, records = {"": found} | found.others, torch.stack(curve), []
     for rule, offer in offers.items():
         for b, name in enumerate(job.photos):
-            own = slice(b * samples, (b + 1) * samples)
-            record = score(offer, truth, own, curve) | {"photo": str(name), "rule": rule}
+            record = score(offer, truth, b, curve) | {"photo": str(name), "rule": rule}
             ended = min(record.get("stopped", len(curve)), len(curve))
             record["seconds"] = spent["seconds"] + clock[ended] / len(job.photos)
             record["updates"] = spent["updates"] + record.get("updates", 0)
+            mixed = tools["experts"][:len(record.get("weights", []))]
+            record |= law([expert.image[b] for expert in mixed], truth[b]) if mixed and not rule else {}
             records.append(record | {"evaluations": spent["evaluations"]})
     images = {rule: offer.image for rule, offer in offers.items()}
     images |= {"measured": problem.operator.pinv(problem.y), "truth": truth}
@@ -657,26 +761,32 @@ def restoration(job: Job) -> dict:
             "risks": torch.tensor(risks), "images": {name: to_bytes(image) for name, image in images.items()}}
 
 
-def score(offer: dip.Restoration, truth: Tensor, own: slice, curve: Tensor) -> dict:
-    """What is known of one picture of an offer, `own`: several where it was sampled (then means)."""
-    images, clean = offer.image[own].clamp(0, 1), truth[own]
-    found = {name: value[own.start] if isinstance(value, list) else value
-             for name, value in offer.facts.items()}
-    found["psnr"] = metrics.psnr(images, clean).mean().item()
-    found["ssim"] = metrics.ssim(images, clean).mean().item()
+def decibels(error: float) -> float:
+    return -10 * math.log10(max(error, 1e-12))
+
+
+def law(images: list, truth: Tensor) -> dict:
+    """*Oracle*: what the law of combination says of images, from their true errors and distances."""
+    errors = [(image - truth).square().mean().item() for image in images]
+    C = hybrid.moments(images, errors)
+    _, least = hybrid.least_on_simplex(C)
+    rho = (C[0, 1] / (C[0, 0] * C[1, 1]).sqrt()).item()
+    return {"law": decibels(least), "best_expert": decibels(min(errors)), "rho": rho}
+
+
+def score(offer: dip.Restoration, truth: Tensor, b: int, curve: Tensor) -> dict:
+    """What is known of picture b of an offer."""
+    image, clean = offer.image[b:b + 1].clamp(0, 1), truth[b:b + 1]
+    found = {name: value[b] if isinstance(value, list) else value for name, value in offer.facts.items()}
+    found |= {"psnr": metrics.psnr(image, clean).item(), "ssim": metrics.ssim(image, clean).item()}
     if found.get("expected", 0) > 0:
-        found["expected"] = -10 * math.log10(found["expected"])
-    if len(images) > 1:
-        mean = images.mean(0, keepdim=True)
-        found["psnr_of_mean"] = metrics.psnr(mean, clean[:1]).item()
-        # the root mean square distance between two samples
-        found["diversity"] = (2 * (images - mean).square().sum(0).mean() / (len(images) - 1)).sqrt().item()
+        found["expected"] = decibels(found["expected"])
     if offer.target is not None:
-        target = offer.target[own].clamp(0, 1)
-        found["target_psnr"] = metrics.psnr(images, target).mean().item()
-        found["target_ssim"] = metrics.ssim(images, target).mean().item()
+        target = offer.target[b:b + 1].clamp(0, 1)
+        found["target_psnr"] = metrics.psnr(image, target).item()
+        found["target_ssim"] = metrics.ssim(image, target).item()
     elif "stopped" in found:
-        mine = curve[:, own.start]
+        mine = curve[:, b]
         found |= {"peak": mine.max().item(), "peak_step": int(mine.argmax()) + 1, "last": mine[-1].item()}
         found["gap"] = found["peak"] - mine[found["step"] - 1].item()
     return found
@@ -696,6 +806,8 @@ NOISY, HIDDEN = ("noise 15", "noise 25", "noise 50"), ("hole", "80 % missing", "
 FIVE = ("noise 25", "noise 50", "hole", "80 % missing", "×4")
 SMALL, FOUR = {"task": "noise 25", "size": 64}, (2.0, 1.0, 0.5, 0.25)
 SLOW = {"antithetic": False, "warm": True}
+# cats by number; those from 256 on are for development
+FLOCK, CROWD = tuple(range(32)), tuple(range(128))
 
 
 def over(**axes) -> list[dict]:
@@ -705,7 +817,7 @@ def over(**axes) -> list[dict]:
 
 def changes(method: str, table: dict, **at) -> Iterator:
     """A row for every entry of a table of changed settings, on every test photo."""
-    for photo, (row, change) in itertools.product(TEST, table.items()):
+    for photo, (row, change) in itertools.product(FIRST, table.items()):
         yield row, job(method, **{"photo": photo} | at | change)
 
 
@@ -722,7 +834,7 @@ def steps_of(model: Job) -> str:
 
 
 PLACE = (-0.1, 1.1)
-PHOTOS, CATS = chain("photos", 1250), chain("cats", 2600, place=PLACE)
+PHOTOS, CATS = {data: chain(data, 5000) for data in LEARNT}, chain("cats", 2600, place=PLACE)
 
 
 def ask_ddpm():
@@ -730,7 +842,7 @@ def ask_ddpm():
     real = (job("sample", "cats", seed=2, n=2048),)
     for n in (512, 256):
         yield f"{n} real cats", job("sample", "cats", experts=real, seed=1, n=n)
-    for eta, steps in itertools.product((0.0, 1.0), (5, 10, 20, 50)):
+    for eta, steps in ((0.0, 5), (0.0, 10), (0.0, 20), (0.0, 50), (1.0, 5), (1.0, 50)):
         drawn = job("sample", "cats", model=CATS[-1], experts=real, n=512, steps=steps, eta=eta)
         yield f"η = {eta:.0f}, {steps} steps", drawn
     draw = functools.partial(job, "sample", "cats", experts=real, n=256, steps=20)
@@ -740,11 +852,12 @@ def ask_ddpm():
         model = job("train", "cats", steps=160, place=PLACE, schedule=schedule, head=head)
         yield f"{schedule}, {head}", draw(model=model)
     yield "cosine, v, all steps alike", draw(model=job("train", "cats", steps=160))
-    yield from ((f"training on {model.photos[0]}", model) for model in (CATS[-1], PHOTOS[-1]))
-    for at in over(photo=TEST, model=PHOTOS):
-        yield f"after {steps_of(at['model'])}", job("diffusion", task="noise 25", evaluations=1, **at)
-    for at in over(photo=TEST, task=NOISY, evaluations=(1, 2, 10)):
-        yield f"{at['evaluations']} evaluations", job("diffusion", model=PHOTOS[-1], **at)
+    for data in (CATS, *PHOTOS.values()):
+        yield f"training on {data[-1].photos[0]}", data[-1]
+    for at in over(photo=DEVELOPMENT, model=PHOTOS[GROUPS[0]]):
+        yield f"development, after {steps_of(at['model'])}", job("diffusion", task="noise 25", **at)
+    for at in over(photo=FIRST, task=NOISY, evaluations=(1, 4)):
+        yield f"{at['evaluations']} evaluations", job("diffusion", model="own", **at)
 
 
 NETWORKS = {"width 16": {"network": {"widths": (16,) * 4}}, "3 scales": {"network": {"widths": (32,) * 3}},
@@ -754,7 +867,7 @@ BILINEAR = {"steps": 1000, "network": {"upsample": "bilinear", "padding": "refle
 
 def ask_dip():
     """What does the prior know, and when does it overfit?"""
-    yield from (("dip", job("dip", **at)) for at in over(photo=TEST, task=NOISY + HIDDEN))
+    yield from (("dip", job("dip", **at)) for at in over(photo=FIRST, task=NOISY + HIDDEN))
     table = {"as chosen": {}, "no jitter": {"jitter": 0.0}, "bilinear, reflected borders": BILINEAR}
     yield from changes("dip", table | NETWORKS, **SMALL, steps=500, watch=True)
 
@@ -769,95 +882,173 @@ STAGES = {
     **NETWORKS,
     **{f"σ believed × {belief}": {"belief": belief} for belief in (0.7, 1.3)}, "σ estimated": {"belief": 0.0},
     "noise cut to [0, 1]": {"task": "noise 25, cut to [0, 1]"}, "Poisson noise": {"task": "Poisson noise"},
-    "perceptual term": {"penalty": "perceptual", "model": PHOTOS[-1]},
+    "perceptual term": {"penalty": "perceptual", "model": "own"},
     "adversarial term": {"penalty": "adversarial"}, "LEAK: stages of the clean image": {
         "leak": True, "steps": 120, "patience": 10 ** 6, "ratios": FOUR, **SLOW}}
 
 
 def ask_stop():
     """Can noise stages tell DIP when to stop?"""
-    for at in over(photo=TEST, task=NOISY) + over(photo=TEST, task=("noise 25",), seed=(1,)):
+    for at in over(photo=FIRST, task=NOISY):
         yield "", job("dip", **at)
         yield "pair", job("pair", **at)
-    for at in over(photo=TEST, task=NOISY):
-        yield "held-out pixels", job("held-out", **at, steps=FITS[at["task"]], watch=True)
-        yield "Monte-Carlo SURE", job("sure", **at, steps=FITS[at["task"]], watch=True)
         yield "two plain fits averaged", job("two-dips", **at)
+        if at["task"] != "noise 15":
+            yield "held-out pixels", job("held-out", **at, steps=FITS[at["task"]], watch=True)
+            yield "Monte-Carlo SURE", job("sure", **at, steps=FITS[at["task"]], watch=True)
     yield from changes("pair", STAGES, **SMALL, steps=320, watch=True)
 
 
-WAYS = {"refit": ("refit", {}), "refit without interpolation": ("refit", {"fusion": False}),
-        "interpolation": ("interpolation", {}), "brief DIP": ("brief", {}),
-        "start from interpolation": ("warm-start", {}), "50 evaluations from noise": ("diffusion", {}),
-        **{f"{k} evaluations from noise": ("diffusion", {"evaluations": k}) for k in (10, 100)}}
-STARTS = {"start from DIP": {}, "start from DIP, guided by it": {"guide": True}, "DIP thrown in at t = T": {
-    "t": 1000}, **{f"8 samples from t₀ = {t}": {"t": t, "samples": 8} for t in (100, 300, 500, 700)}}
-REFITS = {**{f"{n} updates before": {"brief": n} for n in (25, 50, 200)}, "η = 1": {"eta": 1.0}, **{
-    f"{k} evaluations": {"evaluations": k} for k in (2, 4)}, "weight of the guess 1": {"weight": 1.0},
-    **{f"t₀ = {t}": {"t": t} for t in (100, 400, 700)}, "width 16": NETWORKS["width 16"]}
+HARD, FAR = {"gradient": False}, {"t": 1000, "evaluations": 30}
+WAYS = {"diffusion": {}, "DDNM": HARD, "ΠGDM": {"gradient": True}, "one sample": {"samples": 1},
+        "DDNM, from noise": HARD | FAR | {"eta": 0.0}, "DDNM, from noise, ζ = 1": HARD | FAR,
+        "ΠGDM, from noise": FAR | {"gradient": True},
+        **{f"{k} steps": {"evaluations": k} for k in (2, 5)},
+        **{f"from t₀ = {t}": {"t": t} for t in (100, 200, 400, 800)}}
+BRIEF = {"start from DIP": {}, "start from DIP, 2 steps": {"evaluations": 2},
+         "start from DIP, leaning on it": {"lean": True}, "DIP thrown in at t = T": HARD | FAR | {"eta": 0.0}}
+REFITS = {"refit": {}, "weight of the guess 1": {"weight": 1.0}, "a refit of 5 updates": {"updates": 5},
+          "width 16": NETWORKS["width 16"]}
 
 
 def ask_enter():
     """How many reverse steps does a DIP prior save, at what quality and diversity?"""
-    flock = over(photo=(tuple(range(32)),), task=HIDDEN, size=(32,), model=(CATS[-1],))
-    for at in over(photo=TEST, task=HIDDEN, model=(PHOTOS[-1],)) + flock:
-        yield from ((row, job(method, **at, **more)) for row, (method, more) in WAYS.items())
-        brief = (job("brief", **at),)
-        yield from ((row, job("warm-start", **at, experts=brief, **more)) for row, more in STARTS.items()
-                    if at not in flock or "samples" not in more)
-    yield from changes("refit", REFITS, task="hole", model=PHOTOS[-1])
+    places = over(photo=FIRST, task=("hole",), size=(96,), model=("own",))
+    for at in places + over(photo=(FLOCK[:20],), task=HIDDEN[:2], size=(32,), model=(CATS[-1],)):
+        yield from ((row, job("diffusion", **at, **more)) for row, more in WAYS.items())
+        for updates in (25, 100):
+            dip = (job("dip", **at, steps=updates),)
+            yield f"DIP of {updates} updates", dip[0]
+            rows = BRIEF if updates == 100 else {"start from DIP of 25 updates": {}}
+            yield from ((row, job("diffusion", **at, experts=dip, **more)) for row, more in rows.items())
+        yield from ((row, each) for row, each in arms(**at) if row in ("classical", "DIP", "combination"))
+        yield from ((row, job("refit", **at, **more)) for row, more in REFITS.items())
+
+
+def arms(shift=0, **at) -> Iterator:
+    """The rows of every comparison: baselines, ensembles, controls, the combination; experts are shared."""
+    more = {"shift": shift} if shift else {}
+    dips = [job("dip", **at, **start) for _, start in STARTS]
+    yield from (("DIP", one) for one in dips[:2])
+    yield from (("two DIPs", job("two-dips", **at, experts=(one, dips[1]))) for one in dips[::2])
+    yield "three DIPs", job("three-dips", **at)
+    yield "diffusion", job("diffusion", **at, **more)
+    if at["task"] in NOISY:
+        yield "classical", job("ridge", **at)
+        prior, formula = job("pair", **at), job("ridge-pair", **at)
+        model = job("diffusion-pair", **at, **more)
+        yield "DIP pair", prior
+
+        def combine(*experts):
+            return job("weighted", **at, experts=experts)
+    else:
+        formula, prior = job("interpolation", **at), job("two-dips", **at)
+        model = job("diffusion", **at, **more)
+        yield "classical", formula
+        blind = {formula: job("interpolation", **at, blind=True), prior: job("two-dips", **at, blind=True),
+                 model: job("diffusion", **at, blind=True, **more)}
+
+        def combine(*experts):
+            return job("stacked", **at, experts=experts + tuple(blind[expert] for expert in experts))
+        # a chain can start from any finished picture: from its own mean, or from that of the combination
+        yield "restarted", job("diffusion", **at, **more, experts=(model,))
+        start = combine(prior, model, formula)
+        yield "from the combination", job("diffusion", **at, **more, experts=(start,))
+    yield "combination", combine(prior, model, formula)
+    yield "DIP and diffusion", combine(prior, model)
+    yield "without diffusion", combine(prior, formula)
+    yield "without DIP", combine(model, formula)
 
 
 def ask_train():
     """How much training does a DIP prior save?"""
-    at = {"photo": tuple(range(32)), "task": "large hole", "size": 32}
-    brief = (job("brief", **at),)
+    at = {"photo": FLOCK, "task": "large hole", "size": 32}
+    crowd = {"photo": CROWD, "task": "80 % missing", "size": 32}
+    brief, wide = (job("dip", **at, steps=100),), (job("dip", **crowd, steps=100),)
+    real = job("sample", "cats", seed=2, n=2048)
     yield "brief DIP", brief[0]
-    for model in CATS:
-        yield f"from noise, {steps_of(model)}", job("diffusion", model=model, **at)
-        yield f"from interpolation, {steps_of(model)}", job("warm-start", model=model, **at)
-        yield f"from DIP, {steps_of(model)}", job("warm-start", model=model, experts=brief, **at)
-    for t_max in (1000, 500, 250):
+    few = {n: chain("cats", 1300, place=PLACE, pictures=n)[-1] for n in (64, 1024)}
+    models = {steps_of(model): model for model in CATS} | {f"{n} pictures": few[n] for n in few}
+    for name, model in models.items():
+        ways = {"noise": FAR, "interpolation": {}, "DIP": {"experts": brief}}
+        yield from ((f"from {way}, {name}", job("diffusion", model=model, **at, **more))
+                    for way, more in ways.items())
+        ways |= {"DIP": {"experts": wide}}
+        for way, more in ways.items():
+            drawn = job("diffusion", model=model, **crowd, **more, samples=1)
+            yield f"samples from {way}, {name}", job("sample", "cats", experts=(real, drawn), n=len(CROWD))
+        yield from ((f"{row}, {name}", each) for row, each in arms(
+            photo=FLOCK, task="noise 25", size=32, model=model) if row in ("diffusion", "combination"))
+    for t_max in (1000, 250):
         for model in chain("cats", 400, t_max=t_max)[1:]:
             row = f"t ≤ {t_max} learnt, from t₀ = 250, {steps_of(model)}"
-            yield row, job("warm-start", model=model, experts=brief, t=250, **at)
+            yield row, job("diffusion", model=model, experts=brief, t=250, **at)
 
 
 REGULARISED = {
     "as chosen": {}, "constraint, no model": {"weight": 0.0}, "model, no constraint": {"floor": 0.0},
     "neither: plain DIP": {"weight": 0.0, "floor": 0.0},
-    **{f"λ = {weight:g}": {"weight": weight} for weight in (0.1, 1.0, 10.0)},
-    "non-local means, no model": {"prior": "nlm"}, "cats' model": {"model": CATS[-1]},
+    "plain DIP, same averaging": {"weight": 0.0, "constrain": False}}
+OTHERS = {
+    "as chosen": {}, **{f"λ = {weight:g}": {"weight": weight} for weight in (0.0, 0.1, 1.0, 10.0)},
+    "NL-Ridge, no model": {"prior": "ridge"}, "cats' model": {"model": CATS[-1]},
     **{f"σ believed × {belief}": {"belief": belief} for belief in (0.7, 1.3)}}
 
 
 def ask_guide():
     """Does a learned prior make early stopping unnecessary?"""
-    for at in over(photo=TEST, task=FIVE):
-        yield "regularised", job("regularised", model=PHOTOS[-1], **at)
-        if at["task"] in FIVE[:3]:
-            yield "no model", job("regularised", **at, weight=0.0)
-    yield from changes("regularised", {"neither": {}}, task="noise 25", weight=0.0, floor=0.0)
-    yield from changes("regularised", REGULARISED, **SMALL, model=PHOTOS[-1], steps=600)
+    for photo in FIRST:
+        yield "regularised", job("regularised", photo, "noise 25", model="own")
+        yield "no model", job("regularised", photo, "noise 25", weight=0.0)
+    yield from changes("regularised", REGULARISED, task="noise 25", size=48, model="own", steps=4000)
+    table = {f"{row}, 600 updates": change for row, change in OTHERS.items()}
+    yield from changes("regularised", table, **SMALL, model="own", steps=600)
 
 
 def ask_final():
-    """Which method for which task? Every method as `make restore` runs it, but for stop rules."""
-    for name, at in itertools.product(METHODS, over(photo=TEST + DEVELOPMENT, task=FIVE)):
-        if METHODS[name].noise in (None, at["task"] in NOISY) and name not in ("held-out", "sure", "brief"):
-            yield name, job(name, model=PHOTOS[-1], **at)
-    for at in over(method=("pair", "diffusion", "diffusion-pair", "weighted"), task=("noise 25", "noise 50")):
-        yield f"{at['method']}, cats", job(photo=tuple(range(32)), size=32, model=CATS[-1], **at)
+    """Which method for which task, on photographs?"""
+    for at in over(photo=TEST, task=FIVE):
+        rows = list(arms(model="own", **at))
+        yield from rows
+        # a method of your own comes in by itself; these have questions of their own
+        known = {each.method for _, each in rows} | {"held-out", "sure", "refit", "regularised", "diffusion-pair"}
+        yield from ((name, job(name, model="own", **at)) for name, method in METHODS.items()
+                    if name not in known | {"ridge-pair"} and method.noise in (None, at["task"] in NOISY))
+
+
+# The cells that carry a claim, chosen on development cats
+NAMED = ()
+SHIFTS = {"hue 0": 0, "hue 30": 30, "hue 60": 60, "hue 180": 180, "upside down": "flip"}
+
+
+def cells(flock: tuple) -> dict:
+    """Name → the settings of its arms: task × shift of the model × share of its training, and other domains."""
+    found = {}
+    for task, shift, k in itertools.product(FIVE, SHIFTS, (1, 4)):
+        if task in NOISY + HIDDEN[1:2] or shift in ("hue 0", "hue 180", "upside down"):
+            found[f"{task}, {shift}, {('1/8', 'all')[k // 4]}"] = {
+                "photo": flock if task in NOISY else flock[:20], "task": task, "shift": SHIFTS[shift],
+                "model": CATS[k]}
+    for task, (domain, names) in itertools.product(("noise 25", "80 % missing"), {
+            "robots": tuple(f"robot {k}" for k in range(20)), "photographs": TEST}.items()):
+        found[f"{task}, {domain}, all"] = {"photo": names, "task": task, "model": CATS[-1]}
+    return found
+
+
+def ask_ladder():
+    """Can the gain of a combination be predicted? The cats' model, shifted step by step."""
+    for name, at in cells(FLOCK).items():
+        yield from ((f"{row} @ {name}", each) for row, each in arms(size=32, **at))
 
 
 QUESTIONS = {"ddpm": ask_ddpm, "dip": ask_dip, "stop": ask_stop, "enter": ask_enter, "train": ask_train,
-             "guide": ask_guide, "final": ask_final}
+             "guide": ask_guide, "final": ask_final, "ladder": ask_ladder}
 QUICK = {"steps": 12, "brief": 4, "updates": 1, "evaluations": 2, "n": 64, "samples": 2}
 
 
 def quickly(job: Job) -> Job:
     """The same job on a tiny budget; its numbers mean nothing."""
-    given, takes = dict(job.settings), names(job.method) & {"steps", "brief", "updates"}
+    given, takes = dict(job.settings), names(job.method) & set(QUICK)
     small = {name: min(value, QUICK[name]) if name in QUICK else value for name, value in given.items()}
     small = {name: QUICK[name] for name in takes} | small
     if job.method == "train":
@@ -867,13 +1058,15 @@ def quickly(job: Job) -> Job:
 
 
 def rows_of(scale: str) -> dict:
-    """Question → [(row, job)]; the quick scale has one photo and one seed."""
+    """Question → [(row, job)]; the quick scale has one photo, one seed and few cells of the ladder."""
     found = {question: list(ask()) for question, ask in QUESTIONS.items()}
     if scale == "full":
         return found
     for question, rows in found.items():
         rows = [(row, job) for row, job in rows if job.photos[0] not in TEST[1:] + DEVELOPMENT[1:]]
-        found[question] = [(row, quickly(job)) for row, job in rows if job.seed != 1 or not job.task]
+        rows = [(row, job) for row, job in rows if job.seed != 1 or not job.task]
+        found[question] = [(row, quickly(job)) for row, job in rows
+                           if " @ " not in row or "hue 0, all" in row or row.partition(" @ ")[2] in NAMED]
     return found
 
 
@@ -883,23 +1076,41 @@ def records_of(rows: list, committed: Optional[dict] = None) -> list[dict]:
     """Flat records. committed: key → records, trusted where the cache has no result."""
     found = []
     for row, job in rows:
+        row, _, cell = row.partition(" @ ")
         shared = {name: getattr(job, name) for name in ("method", "task", "seed", "size")} | {"photo": ""}
         shared["settings"] = {name: str(value) for name, value in job.settings if name != "rules"}
         trusted = None if job.done() else (committed or {}).get(job.key)
         for record in trusted or job.result()["records"]:
             label = ": ".join(filter(None, [row, record.get("rule")])) or next(iter(RULES))
-            found.append({"row": label} | shared | record | {"row": label, "key": job.key})
+            found.append({"row": label} | shared | record | {"row": label, "cell": cell, "key": job.key})
     return found
 
 
-class Number(namedtuple("Number", "mean low high n wins")):
+class Number(namedtuple("Number", "mean low high n wins values photos")):
     """A mean over photographs, 95 % interval (photographs resampled), on how many it is above 0."""
 
+    @property
+    def p(self) -> float:
+        """Two-sided p of the mean under random signs of the photographs' values: all of them up to sixteen,
+        beyond that 2¹⁶ drawn ones."""
+        signs = np.array(list(itertools.product((1, -1), repeat=self.n))) if self.n <= 16 else (
+            np.random.default_rng(0).choice((1, -1), (2 ** 16, self.n)))
+        return float(np.mean(abs(signs @ self.values) >= abs(sum(self.values)) - 1e-12))
+
     def __format__(self, spec: str) -> str:
-        if spec == "k":
-            return f"{self.wins} of {self.n}"
+        if spec in ("k", "p"):
+            return f"{self.wins} of {self.n}" if spec == "k" else f"{self.p:.2g}"
         mean, low, high = (f"{value:{spec or '.2f'}}" for value in self[:3])
         return f"{mean} [{low}, {high}]" if self.n > 1 else mean
+
+
+def holm(found: dict) -> dict:
+    """Name → p corrected for the number of names (Holm 1979)."""
+    corrected, least = {}, 0.0
+    for k, name in enumerate(sorted(found, key=found.get)):
+        least = max(least, min(1.0, (len(found) - k) * found[name]))
+        corrected[name] = least
+    return corrected
 
 
 class Query:
@@ -939,7 +1150,17 @@ class Query:
         means = np.array([np.mean([found[at] for at in found if at[0] == photo]) for photo in photos])
         drawn = np.random.default_rng(0).choice(means, (2000, len(means))).mean(1)
         low, high = np.quantile(drawn, [0.025, 0.975])
-        return Number(float(means.mean()), float(low), float(high), len(means), int((means > 0).sum()))
+        return Number(float(means.mean()), float(low), float(high), len(means), int((means > 0).sum()),
+                      tuple(means.tolist()), tuple(photos))
+
+    def rival(self, question: str, **where) -> str:
+        """The best other row: of all but those that combine DIP with diffusion, the one of the best mean."""
+        present = {record["row"] for record in self.select(question, **where)} & set(RIVALS)
+        return max(sorted(present), key=lambda row: self("psnr", question, row=row, **where).mean)
+
+    def gain(self, question: str, row: str = "combination", **where) -> Number:
+        """The combination less the best other row."""
+        return self("psnr", question, row=row, minus={"row": self.rival(question, **where)}, **where)
 
     def table(self, question: str, columns: dict, rows: tuple = (), **where) -> str:
         """Columns: "psnr:.2f", less the row dip "psnr:.2f - dip", on how many photos "psnr:k - dip"."""
@@ -950,15 +1171,67 @@ class Query:
             except KeyError:
                 return ""
         rows = rows or tuple(dict.fromkeys(record["row"] for record in self.select(question, **where)))
-        lines = [["", *columns], ["---"] + ["---:"] * len(columns)]
-        lines += [[row, *(cell(column, row) for column in columns.values())] for row in rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return markdown({row: [cell(column, row) for column in columns.values()] for row in rows}, columns)
+
+
+RIVALS = ("classical", "DIP", "two DIPs", "three DIPs", "DIP pair", "diffusion", "without diffusion",
+          "without DIP", "restarted")
+
+
+def markdown(lines: dict, titles) -> str:
+    rows = [["", *titles], ["---"] + ["---:"] * len(titles), *([name, *line] for name, line in lines.items())]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+
+
+def headline(q: Query) -> str:
+    """Five tasks × the rows of a comparison, and the combination less the best other one."""
+    titles = ("classical", "DIP", "two DIPs", "three DIPs", "DIP pair", "diffusion", "combination")
+    lines = {}
+    for task in FIVE:
+        at, lines[task] = {"task": task, "photo": TEST}, []
+        for row in titles:
+            known = q.select("final", row=row, **at)
+            lines[task].append(f"{q('psnr', 'final', row=row, **at).mean:.2f}" if known else "")
+        gain, two = q.gain("final", **at), q("psnr", "final", row="combination", task=task, photo=TWO,
+                                             minus={"row": q.rival("final", **at)})
+        lines[task] += [f"{gain:+.2f} ({q.rival('final', **at)})", f"{gain:k}", f"{gain:p}", f"{two:+.2f}"]
+    return markdown(lines, (*titles, "− best other", "better on", "p", "group two alone"))
+
+
+def laws(q: Query) -> dict:
+    """Cell of the ladder → DIP, diffusion, the better of both, predicted and measured gain, ρ, and more."""
+    found = {}
+    for cell in dict.fromkeys(record["cell"] for record in q.records["ladder"]):
+        at = {"question": "ladder", "cell": cell}
+        prior = "DIP pair" if q.select(**at, row="DIP pair") else "two DIPs"
+        dips, model, both, law, rho = (q(value, **at, row=row).mean for value, row in (
+            ("psnr", prior), ("psnr", "diffusion"), ("psnr", "DIP and diffusion"),
+            ("law", "DIP and diffusion"), ("rho", "DIP and diffusion")))
+        found[cell] = {"dip": dips, "model": model, "both": both, "law": law, "rho": rho,
+                       "predicted": law - max(dips, model), "measured": both - max(dips, model),
+                       "combination": q("psnr", **at, row="combination").mean, "gain": q.gain(**at),
+                       "rival": q.rival(**at), "loss": q("best_expert - psnr", **at, row="combination")}
+    corrected = holm({cell: found[cell]["gain"].p for cell in NAMED if cell in found})
+    for cell, p in corrected.items():
+        found[cell]["p"] = p
+    return found
+
+
+def ladder_table(q: Query, wanted: str = "") -> str:
+    """The cells of the ladder whose names have `wanted` in them."""
+    titles = ("DIP", "diffusion", "both", "law", "ρ", "combination", "− best other", "better on", "p (Holm)")
+    return markdown({cell: [*(f"{at[name]:.2f}" for name in ("dip", "model", "both", "law", "rho",
+                                                            "combination")),
+                            f"{at['gain']:+.2f} ({at['rival']})", f"{at['gain']:k}",
+                            f"{at['p']:.2g}" if "p" in at else ""]
+                     for cell, at in laws(q).items() if wanted in cell}, titles)
 
 
 def render(template: str, q: Query, check_claims: bool = True) -> str:
     """Fill the holes <<expression:format>>, check the claims <!-- claim: … -->; Refusal where one fails."""
     known = {f.__name__: f for f in (abs, min, max, all, any, len)} | {"TEST": TEST, "DEV": DEVELOPMENT}
-    known |= {"q": q, "__builtins__": {}}
+    known |= {"q": q, "headline": headline, "laws": laws, "ladder_table": ladder_table, "NAMED": NAMED,
+              "ONE": ONE, "TWO": TWO, "FIVE": FIVE, "__builtins__": {}}
 
     def evaluate(expression: str, finish: Callable):
         try:
@@ -1012,24 +1285,47 @@ def lines(panels: dict, xlabel: str):
 
 
 def plot_answer(rows: dict):
-    columns = []
-    for task, photo in zip(FIVE, itertools.cycle(TEST)):
-        found = {row: job.result() for row, job in rows["final"] if job.task == task and photo in job.photos}
-        wanted = ("dip", "diffusion", "weighted") if task in NOISY else ("dip", "warm-start", "refit")
-        if found:
-            ends = found["dip"]["images"]
-            scores = {row: f"{row}\n{found[row]['records'][0]['psnr']:.2f} dB" for row in wanted}
-            middle = [(found[row]["images"][""][0], score) for row, score in scores.items()]
-            columns.append([(ends["measured"][0], task), *middle, (ends["truth"][0], photo)])
+    """For each task the photograph where the gain over the best other row is the median one."""
+    q, columns = Query({"final": records_of(rows["final"])}), []
+    for task in FIVE:
+        gain = q.gain("final", task=task)
+        photo = sorted(zip(gain.values, gain.photos))[(gain.n - 1) // 2][1]
+        found = {row: job.result() for row, job in rows["final"] if (job.task, job.photos[0]) == (task, photo)}
+        shown = {"": found["DIP"]["images"]["measured"][0]}
+        shown |= {row: found[row]["images"][""][0] for row in ("DIP", "diffusion", "combination")}
+        titles = {row: f"{row}\n{found[row]['records'][0]['psnr']:.2f} dB" for row in shown if row}
+        columns.append([(image, titles.get(row, task)) for row, image in shown.items()])
+        columns[-1].append((found["DIP"]["images"]["truth"][0], photo))
     return gallery(list(zip(*columns)))
 
 
-def plot_curves(question: str, wanted: tuple, tasks: tuple, rows: dict):
+def plot_law(rows: dict):
+    """Left: what the law predicts against what was measured. Right: where the combination pays."""
+    found = laws(Query({"ladder": records_of(rows["ladder"])}))
+    figure = Figure(layout="constrained", figsize=(9.2, 4.2))
+    left, right = figure.subplots(1, 2)
+    for noisy, marker, label in ((True, "o", "with noise"), (False, "^", "without noise")):
+        at = [cell for name, cell in found.items() if name.startswith("noise") == noisy]
+        settings = {"c": [cell["rho"] for cell in at], "vmin": 0.2, "vmax": 1, "marker": marker, "s": 28}
+        drawn = left.scatter([cell["predicted"] for cell in at], [cell["measured"] for cell in at], **settings,
+                             label=label)
+        right.scatter([cell["model"] - cell["dip"] for cell in at], [cell["gain"].mean for cell in at],
+                      **settings)
+    left.axline((0, 0), slope=1, color="grey", lw=0.8)
+    left.legend(fontsize=8)
+    right.axhline(0, color="grey", lw=0.8)
+    left.set(xlabel="predicted gain over the better of DIP and diffusion, dB", ylabel="measured gain, dB")
+    right.set(xlabel="diffusion − DIP, dB", ylabel="combination − best other row, dB")
+    figure.colorbar(drawn, ax=right, label="ρ of the two errors")
+    return figure
+
+
+def plot_curves(question: str, wanted: tuple, tasks: tuple, size: int, rows: dict):
     """The running average over the updates, the mean over photos, for each of the wanted rows and tasks."""
     panels = {}
     for task, row in itertools.product(tasks, wanted):
         curves = [job.result()["curve"][:, 0] for label, job in rows[question]
-                  if (label, job.task, job.size) == (row, task, 96)]
+                  if (label, job.task, job.size) == (row, task, size)]
         panels.setdefault(task, {}).update({row: torch.stack(curves).mean(0)} if curves else {})
     return lines(panels, "DIP updates")
 
@@ -1048,9 +1344,9 @@ def plot_cats(rows: dict):
     return gallery([[(image, "") for image in line] for line in images[:48].split(12)])
 
 
-FIGURES = {"answer": plot_answer, "cats": plot_cats, "risk": plot_risk,
-           "rise": functools.partial(plot_curves, "dip", ("dip",), NOISY + HIDDEN[:1]),
-           "guide": functools.partial(plot_curves, "guide", ("regularised", "no model", "neither"), FIVE[:3])}
+FIGURES = {"answer": plot_answer, "law": plot_law, "cats": plot_cats, "risk": plot_risk,
+           "rise": functools.partial(plot_curves, "dip", ("dip",), NOISY + HIDDEN[:1], 96),
+           "guide": functools.partial(plot_curves, "guide", tuple(REGULARISED), ("noise 25",), 48)}
 
 
 # ------------------------------------------------------------------------------------------------ the report
@@ -1166,7 +1462,7 @@ def users_target(out: str, default: Path) -> Path:
 def users_model(images: str, steps: int) -> Job:
     """The photo model, or one of the user's own images."""
     if not images:
-        return PHOTOS[-1]
+        return PHOTOS[GROUPS[0]][-1]
     check(Path(images).is_dir() and images_in(images), f"no images in a folder {images}: give IMAGES=folder")
     check(training_photos(images), f"no image in {images} has sides of at least 64 pixels: add larger ones")
     stamp = sha([(path.name, path.stat().st_size) for path in images_in(images)])
@@ -1205,10 +1501,12 @@ def restore(image="", task="", method="dip", sigma="", mask="", factor="", out="
     print(f"{target} written, with its comparison, {time.perf_counter() - began:.0f} s")
 
 
-def for_user(method: str, problem: dip.Problem, settings: dict, model: Callable, start=0) -> dip.Restoration:
+def for_user(method: str, problem: dip.Problem, settings: dict, model: Callable, start=0, blind=False
+             ) -> dip.Restoration:
     """What a method delivers, after the methods that it builds on; a model is trained if needed."""
+    problem = problem.without(unseen_of(problem)) if blind else problem
     experts = [for_user(expert, problem, settings, model, **more) for expert, more in METHODS[method].experts]
-    trained = model() if "model" in names(method) and METHODS[method].settings.get("evaluations", 1) else None
+    trained = model() if "model" in names(method) else None
     compute([trained] if trained else [], 1)
     settings = {name: value for name, value in settings.items() if name in names(method)}
     tools, _ = toolbox(problem, starting(problem, 0, start), trained, settings)

@@ -1,7 +1,7 @@
 """Diffusion and deep image prior together: what each can do for the other.
 
-Read in order: noise stages that tell DIP when to stop → measurements kept back → combining finished images →
-DIP in the reverse chain → a diffusion model in DIP's loss.
+Read in order: noise stages that tell DIP when to stop → combining finished images → measurements kept back →
+the reverse chain, and DIP in it → a diffusion model in DIP's loss.
 
 Notation (besides that of ddpm.py and dip.py)
     y = x + n     a noisy photo, n ~ N(0, σ² I): itself a state of the forward process, where σ_t = σ
@@ -150,9 +150,9 @@ def antithetic_pair(problem: Problem, fresh: Callable, generator: torch.Generato
         spent += max(stage.facts["updates"])
     if not single:
         finished = [s._replace(facts={"risk": s.facts["expected"]}) for s in stages.values()]
-        *_, mixed = weighted(problem, finished)
-        facts = mixed.facts | {"expected": mixed.facts["risk"], "updates": spent}
-        yield Restoration(mixed.image, facts, stage.now, stages)
+        *_, best = weighted(problem, finished)
+        facts = best.facts | {"expected": best.facts["risk"], "updates": spent}
+        yield Restoration(best.image, facts, stage.now, stages)
 
 
 def one_sided_sure(problem: Problem, fresh: Callable, generator: torch.Generator, *, ratio: float = 0.25,
@@ -194,37 +194,68 @@ def recorrupted(problem: Problem, generator: torch.Generator, estimate: Callable
 
 # --------------------------------------------------------------------------------- combining finished images
 
-def best_weights(images: Sequence[Tensor], risks: Sequence[float]) -> tuple[Tensor, float]:
-    """The (K,) weights of least estimated error among all averages of K images of one size, and that error.
+def moments(images: Sequence[Tensor], risks: Sequence[float]) -> Tensor:
+    """(K, K), the second moments of the errors of K images of one size, from their mean squared errors.
 
-    The second moments of the errors follow from the risks and from known distances, C_ij = (r_i + r_j − ‖f_i
-    − f_j‖²/d)/2; the error of the average with weights w is wᵀ C w. Its least value on the simplex lies
-    inside one of its faces, where C w is constant; all faces are tried.
+    f_i − f_j is the difference of two errors, so C_ij = (r_i + r_j − ‖f_i − f_j‖²/d)/2: known distances and
+    K estimated numbers are enough, the truth is not needed.
     """
     f = torch.stack([image.flatten() for image in images]).cpu().double()
-    r = torch.tensor(risks, dtype=torch.float64)
-    C = (r[:, None] + r - (f[:, None] - f).square().mean(2)) / 2
+    r = torch.as_tensor(risks, dtype=torch.float64)
+    return (r[:, None] + r - (f[:, None] - f).square().mean(2)) / 2
+
+
+def least_on_simplex(C: Tensor) -> tuple[Tensor, float]:
+    """The (K,) weights, not negative and of sum 1, of the average with the least error wᵀ C w, and that error.
+
+    It lies inside one of the simplex's faces, where C w is constant; all faces are tried.
+    """
     best, least = None, math.inf
-    for size in range(1, len(f) + 1):
-        for face in itertools.combinations(range(len(f)), size):
+    for size in range(1, len(C) + 1):
+        for face in itertools.combinations(range(len(C)), size):
             inside = torch.linalg.pinv(C[face, :][:, face]).sum(1)
-            w = torch.zeros(len(f), dtype=torch.float64)
+            w = torch.zeros(len(C), dtype=torch.float64)
             w[list(face)] = inside / inside.sum() if size > 1 else 1.0
             if w.isfinite().all() and (w >= 0).all() and (error := (w @ C @ w).item()) < least:
                 best, least = w, error
     return best, least
 
 
+def mixed(experts: Sequence[Restoration], b: int, w: Tensor) -> Tensor:
+    """The average of image b of every expert with weights w."""
+    return sum(float(share) * expert.image[b] for share, expert in zip(w, experts))
+
+
 def weighted(problem: Problem, experts: Sequence[Restoration]) -> Iterator[Restoration]:
     """The risk-weighted average: the best mixture of finished estimates by their risks, image by image."""
     images, facts = [], {"risk": [], "weights": []}
     for b in range(len(problem.y)):
-        found = [expert.image[b] for expert in experts]
-        w, error = best_weights(found, [expert.facts["risk"][b] for expert in experts])
-        images.append(sum(float(share) * image for share, image in zip(w, found)))
+        risks = [expert.facts["risk"][b] for expert in experts]
+        w, error = least_on_simplex(moments([expert.image[b] for expert in experts], risks))
+        images.append(mixed(experts, b, w))
         facts["risk"].append(error)
         facts["weights"].append(w.tolist())
     yield Restoration(torch.stack(images), facts)
+
+
+def stacked(problem: Problem, experts: Sequence[Restoration], unseen: Tensor, *, shrink: float = 0.1
+            ) -> Iterator[Restoration]:
+    """Stacking (Wolpert 1992; Breiman 1996), for measurements without noise.
+
+    The second half of the experts are the first half, blind to the measurements where `unseen` is 1. There
+    the second moments of their errors are measured, and so the best weights of the first half. shrink: this
+    share of the least error is added to the diagonal, which draws the weights towards equality.
+    """
+    half, images, facts = len(experts) // 2, [], {"error": [], "weights": []}
+    for b in range(len(problem.y)):
+        misses = torch.stack([(problem.operator.A(expert.image[b:b + 1]) - problem.y[b]) * unseen
+                              for expert in experts[half:]]).flatten(1).double().cpu()
+        C = misses @ misses.T / (unseen.sum().item() * problem.y.shape[1])
+        w, _ = least_on_simplex(C + shrink * C.diagonal().min() * torch.eye(half))
+        images.append(mixed(experts, b, w))
+        facts["error"].append((w @ C @ w).item())
+        facts["weights"].append(w.tolist())
+    yield Restoration(problem.consistent(torch.stack(images)), facts)
 
 
 def averaged(problem: Problem, experts: Sequence[Restoration]) -> Iterator[Restoration]:
@@ -269,12 +300,12 @@ def squares_beside(known: Tensor, side: int, generator: torch.Generator) -> Tens
     return unseen
 
 
-def kept_back(problem: Problem, generator: torch.Generator) -> Tensor:
-    """(1, 1, h, w), 1 for the measurements that a fit is not to see, so that they can judge it.
+def kept_back(problem: Problem, generator: torch.Generator, share: float = 0.2) -> Tensor:
+    """(1, 1, h, w), 1 for the measurements that experts are not to see, so that they can judge them.
 
     A pixel alone in its neighbourhood says little about a hole: what is far from all that is known is harder
     to guess. So beside a hole of more than ten pixels whole squares are kept back, half as wide as the hole
-    is deep; elsewhere single measurements.
+    is deep; elsewhere a `share` of the measurements, one by one.
     """
     known = problem.known
     side = min(depth(1 - known), int(math.sqrt(0.05 * known.sum().item())))
@@ -282,7 +313,7 @@ def kept_back(problem: Problem, generator: torch.Generator) -> Tensor:
         squares = squares_beside(known, side, generator)
         if squares.any():
             return squares
-    return scattered(problem, generator)
+    return scattered(problem, generator, share)
 
 
 def held_out(problem: Problem, fresh: Callable, generator: torch.Generator, *, steps: int = 2000,
@@ -294,20 +325,7 @@ def held_out(problem: Problem, fresh: Callable, generator: torch.Generator, *, s
                                     **options)
 
 
-def judged(problem: Problem, generator: torch.Generator, make: Callable[[Problem], Tensor]
-           ) -> Iterator[Restoration]:
-    """An image by a formula (problem → image), and its error on measurements kept back from it."""
-    unseen = kept_back(problem, generator)
-    error = problem.error_on(unseen, make(problem.without(unseen)))
-    yield Restoration(problem.consistent(make(problem)), {"error": error})
-
-
-# ---------------------------------------------------------------------------------- DIP in the reverse chain
-
-def start_step(s: ddpm.Schedule, error: float, kappa: float = 1.0) -> int:
-    """The step with σ_t = κ √error, for an image with that (estimated) mean squared error."""
-    return ddpm.step_of(s, kappa * math.sqrt(max(error, 0.0)))
-
+# ------------------------------------------------------------------------- the reverse chain, and DIP in it
 
 Refine = Callable[[Tensor, int], Tensor]
 # The hooks below are all built so: give them what they need, get a function (x̂₀, t) → x̂₀.
@@ -379,124 +397,120 @@ def reverse(f: Tensor, model: ddpm.Model, t: int, evaluations: int, generator: t
     yield from ddpm.ddim(model.denoise, s, x, evaluations, generator, eta, t_start=t, refine=refine)
 
 
-def diffusion(problem: Problem, model: ddpm.Model, generator: torch.Generator, *, evaluations: int = 0,
-              eta: float = 0.85) -> Iterator[Restoration]:
-    """The model alone. Noisy y: 4 evaluations of DDIM from its own step; else 50 from pure noise (DDNM)."""
-    denoise, s, v = model
-    if problem.sigma:
-        yield Restoration(ddpm.denoise_photo(denoise, s, problem.y, problem.sigma, evaluations or 4))
-        return
-    x = torch.randn(problem.shape, generator=generator).to(problem.y.device)
-    for sample in ddpm.ddim(denoise, s, x, evaluations or 50, generator, eta, refine=agree(problem, v)):
-        yield Restoration(ddpm.to_image(sample.x0_hat), {"t": sample.t})
+def at_its_step(y: Tensor, sigma: float, model: ddpm.Model, evaluations: int) -> Tensor:
+    """A noisy photo is a state of the chain: the model at the step of its noise, over its eight views."""
+    return eight_views(lambda view: ddpm.denoise_photo(*model[:2], view, sigma, evaluations), y)
+
+
+def eight_views(estimate: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+    """The mean of an estimator over the eight flips and transposes of a photo: they share its noise level."""
+    found = []
+    for over, axes in itertools.product((False, True), ((), (2,), (3,), (2, 3))):
+        view = estimate((y.mT if over else y).flip(axes)).flip(axes)
+        found.append(view.mT if over else view)
+    return sum(found) / len(found)
 
 
 def diffusion_pair(problem: Problem, model: ddpm.Model, generator: torch.Generator, *, ratio: float = 0.25,
                    evaluations: int = 4) -> Iterator[Restoration]:
     """The model alone on y ± Sξ: the mean of both estimates, with its risk."""
-    def estimate(q: Tensor, level: float) -> Tensor:
-        return ddpm.denoise_photo(model.denoise, model.schedule, q, level, evaluations)
-    yield from recorrupted(problem, generator, estimate, ratio=ratio)
+    yield from recorrupted(problem, generator, lambda q, level: at_its_step(q, level, model, evaluations),
+                           ratio=ratio)
 
 
-def warm_start(problem: Problem, model: ddpm.Model, generator: torch.Generator,
-               experts: Sequence[Restoration], *, t: int = 0, kappa: float = 4.0, evaluations: int = 8,
-               eta: float = 0.0, guide: bool = False) -> Iterator[Restoration]:
-    """A finished image f starts the chain late (SDEdit, Meng et al. 2022; CCDF, Chung, Sim & Ye 2022).
+def guided(problem: Problem, model: ddpm.Model) -> Callable[[Tensor, int], Tensor]:
+    """ΠGDM (Song, Vahdat, Mardani & Kautz 2023, Eq. 8) for y without noise: x̂₀ + Jᵀ A⁺(y − A x̂₀)/√ᾱ_t, J the
+    Jacobian of x̂₀ in x_t: the measurement corrects the guess through the model.
+    """
+    y, operator, _ = problem
 
-    t: the start step; 0: where σ_t is κ times the error of f by its own account (`error` or `risk`).
-    guide: each guess is also averaged with f by inverse variance, v(t) against that error."""
-    f, facts = experts[0].image, experts[0].facts
-    errors = torch.tensor(facts.get("error") or facts["risk"], device=f.device).clamp(min=1e-9)
-    t = t or start_step(model.schedule, errors.mean().item(), kappa)
-    lean = fuse(f, lambda t: inverse_variance(model.v[t].item(), errors.reshape(-1, 1, 1, 1)))
-    refine = in_turn(*[lean] * guide, agree(problem, model.v))
-    for sample in reverse(f.expand(problem.shape), model, t, evaluations, generator, eta=eta, refine=refine):
-        yield Restoration(ddpm.to_image(sample.x0_hat), {"t": t})
+    def denoise(xt: Tensor, t: int) -> Tensor:
+        with torch.enable_grad():
+            xt = xt.detach().requires_grad_()
+            x0_hat = model.denoise(xt, t)
+            missed = 2 * operator.pinv(y - operator.A(ddpm.to_image(x0_hat)))
+            step, = torch.autograd.grad((missed.detach() * x0_hat).sum(), xt)
+        return (x0_hat.detach() + step / model.schedule.alpha_bar[t].sqrt().item()).clamp(-1, 1)
+    return denoise
 
 
-def refit(problem: Problem, model: Optional[ddpm.Model], fresh: Callable, generator: torch.Generator,
-          interpolate: Optional[Callable[[Problem], Tensor]], *, brief: int = 100, updates: int = 20,
-          weight: float = 0.1, fusion: bool = True, t: int = 0, kappa: float = 4.0, evaluations: int = 8,
+def diffusion(problem: Problem, model: ddpm.Model, generator: torch.Generator,
+              interpolate: Callable[[Problem], Tensor], experts: Sequence[Restoration] = (), *, t: int = 600,
+              evaluations: int = 0, eta: float = 1.0, samples: int = 8, lean: bool = False,
+              gradient: bool = False) -> Iterator[Restoration]:
+    """The model alone, in its best form on development pictures.
+
+    Noisy y: four evaluations from the step of its own noise, over eight views. Without noise: the mean of
+    `samples` chains of `evaluations` (default 10) steps of DDIM, which start at t from an interpolation and
+    agree with y at every step (DDNM), or with `gradient` are guided through the model (ΠGDM). t = T: they
+    start from pure noise. An expert's image takes the place of the interpolation (SDEdit, Meng et al. 2022;
+    CCDF, Chung, Sim & Ye 2022). lean: each guess is also averaged with that image, by inverse variance, as
+    if the image had the error v of the start step.
+    """
+    if problem.sigma:
+        yield Restoration(at_its_step(problem.y, problem.sigma, model, evaluations or 4))
+        return
+    f = experts[0].image if experts else interpolate(problem)
+    many = problem._replace(y=problem.y.repeat_interleave(samples, 0))
+    f, v = f.expand(problem.shape).repeat_interleave(samples, 0), model.v
+    hooks = [fuse(f, lambda now: inverse_variance(v[now].item(), v[t].item()))] * lean
+    hooks += [agree(many, v)] * (not gradient)
+    model = model._replace(denoise=guided(many, model)) if gradient else model
+    for sample in reverse(f, model, t, evaluations or 10, generator, eta=eta, refine=in_turn(*hooks)):
+        images = many.consistent(ddpm.to_image(sample.x0_hat)).unflatten(0, (-1, samples))
+        apart = 2 * images.var(1).mean((1, 2, 3)) if samples > 1 else torch.zeros(len(images))
+        yield Restoration(images.mean(1), {"diversity": apart.sqrt().tolist()})
+
+
+def refit(problem: Problem, model: ddpm.Model, fresh: Callable, generator: torch.Generator, *,
+          brief: int = 100, updates: int = 20, weight: float = 0.1, t: int = 300, evaluations: int = 8,
           eta: float = 0.0, **options) -> Iterator[Restoration]:
-    """DDNM with DIP refits: a brief DIP starts the chain late and is fitted again at every step of it.
+    """DDNM with DIP refits: a DIP of `brief` updates starts the chain at step t and is fitted again in it.
 
-    A DIP of `brief` updates, judged by measurements kept back from it, starts the chain at t (0: where σ_t
-    is κ times its error there). At every one of `evaluations` guesses it takes `updates` more, to y and,
-    with `weight`, to the guess. fusion: its image is also averaged with interpolation, by inverse variance
-    of the errors on what both have not seen. evaluations = 0: the brief DIP alone, which needs no model.
+    At every one of `evaluations` guesses it takes `updates` more, to y and, with `weight`, to the guess.
     `options` go to dip.fit.
     """
     net, z = fresh(problem, generator)
-    unseen = kept_back(problem, generator)
-    seen = problem.without(unseen)
-    for step in dip.fit(seen.y, seen.operator.A, net, z, brief, generator, **options):
+    for step in dip.fit(problem.y, problem.operator.A, net, z, brief, generator, **options):
         yield Restoration(problem.consistent(step.average), {"updates": step.i})
-    facts = {"updates": brief, "error": problem.error_on(unseen, step.average)}
-    yield Restoration(problem.consistent(step.average), facts)
-    if not evaluations:
-        return
-    error = torch.tensor(facts["error"], device=z.device).reshape(-1, 1, 1, 1)
-    hooks = [agree(problem, model.v), fitted_again(problem, net, z, updates, generator, weight, **options)]
-    if fusion:
-        other = torch.tensor(problem.error_on(unseen, interpolate(seen)), device=z.device)
-        share = inverse_variance(error, other.clamp(min=1e-9).reshape(-1, 1, 1, 1))
-        hooks.append(fuse(problem.consistent(interpolate(problem)), lambda t: share))
-        error = error * (1 - share)
-    t = t or start_step(model.schedule, error.mean().item(), kappa)
-    refine = in_turn(*hooks, agree(problem, model.v))
-    chain = reverse(step.average, model, t, evaluations, generator, eta=eta, refine=refine)
+    agreed = agree(problem, model.v)
+    again = fitted_again(problem, net, z, updates, generator, weight, **options)
+    chain = reverse(step.average, model, t, evaluations, generator, eta=eta,
+                    refine=in_turn(agreed, again, agreed))
     for k, sample in enumerate(chain, 1):
-        yield Restoration(ddpm.to_image(sample.x0_hat), facts | {"t": t, "updates": brief + k * updates})
+        yield Restoration(ddpm.to_image(sample.x0_hat), {"updates": brief + k * updates})
 
 
 # --------------------------------------------------------------------------- a diffusion model in DIP's loss
 
 def regularised(problem: Problem, model: Optional[ddpm.Model], fresh: Callable, generator: torch.Generator, *,
-                steps: int = 0, weight: Optional[float] = None, floor: float = 1.0, begin: int = 100,
-                refresh: int = 40, t: int = 300, evaluations: int = 8, **options) -> Iterator[Restoration]:
-    """Denoiser-regularised DIP: min_θ max(mean (A f_θ − y)², floor · σ²) + weight · mean (f_θ − x̂₀)².
+                steps: int = 800, weight: float = 0.3, floor: float = 1.0, constrain: bool = True, **options
+                ) -> Iterator[Restoration]:
+    """Denoiser-regularised DIP: min_θ max(mean (f_θ − y)², floor · σ²) + weight · mean (f_θ − D(y))².
 
-    With noise x̂₀ is one evaluation of the model on y itself, `weight` 0.3, `steps` 800. Data met as well as
-    their noise allows have no gradient any more (Morozov's principle as a constraint, not a stop).
+    D(y) is one evaluation of the model on y itself (RED, DeepRED: Mataev, Elad & Milanfar 2019; with a
+    diffusion model: Mardani et al. 2024). Data met as well as their noise allows have no gradient any more
+    (Morozov's principle as a constraint, not a stop), and from then on all images are averaged alike.
 
-    Without noise `weight` is 0.1 and `steps` five for each pixel of the side. After `begin` updates, a
-    running average of the images is diffused to a step of the chain, from t down to t/3 as the fit goes on,
-    and taken back by `evaluations` of DDIM to x̂₀; again every `refresh` updates. With one evaluation this
-    is RED-diff (Mardani et al. 2024) on the images of a network, as DeepRED (Mataev, Elad & Milanfar 2019)
-    has them. No gradient goes through the model.
-
-    weight = 0 leaves the model out, floor = 0 the constraint; both: plain DIP.
+    weight = 0 leaves the model out, floor = 0 the constraint; both: plain DIP. constrain = False: the same
+    averaging from the same update on, but the data keep their gradient.
     """
-    height, width = problem.shape[-2:]
-    steps = steps or (800 if problem.sigma else round(5 * (height * width) ** 0.5))
-    weight = weight if weight is not None else 0.3 if problem.sigma else 0.1
-    begin = 0 if problem.sigma else min(begin, steps // 3)
-    mean, target = None, None
-    if problem.sigma and weight:
+    target = None
+    if weight:
         target = ddpm.denoise_photo(model.denoise, model.schedule, problem.y, problem.sigma)
 
     def penalty(images: Tensor, i: int) -> Tensor:
-        nonlocal mean, target
-        seen = images.detach()
-        mean = seen if mean is None else torch.lerp(mean, seen, 0.1 / (1 - 0.9 ** i))
-        if i <= begin:
-            return images.new_zeros(())
-        if not problem.sigma and (target is None or (i - 1 - begin) % refresh == 0):
-            now = round(t * (1 - 2 / 3 * i / steps))
-            *_, end = reverse(mean, model, max(1, now), evaluations, generator)
-            target = ddpm.to_image(end.x)
         return weight * (images - target).square().mean((1, 2, 3)).sum()
     fitted = dip.fit(problem.y, problem.operator.A, *fresh(problem, generator), steps, generator,
-                     floor=floor * problem.sigma ** 2, penalty=penalty if weight else None, **options)
+                     floor=floor * problem.sigma ** 2, constrain=constrain,
+                     penalty=penalty if weight else None, **options)
     yield from dip.follow(problem, fitted, {"": [dip.FixedBudget(steps) for _ in problem.y]})
 
 
 # --------------------------------------------------------------------------------------------- further terms
 
 def perceptual(problem: Problem, network: ddpm.UNet, s: ddpm.Schedule) -> Callable:
-    """Penalty: features of a diffusion model's first layers, of the image and of y, at y's own noise level.
-    """
+    """Penalty: features of a diffusion model's first layers, of the image and of y, at y's noise level."""
     t = torch.tensor([ddpm.step_of(s, problem.sigma)], device=problem.y.device)
     emb = network.embed(ddpm.time_features(t, network.embed[0].in_features)).detach()
 
@@ -509,9 +523,7 @@ def perceptual(problem: Problem, network: ddpm.UNet, s: ddpm.Schedule) -> Callab
 
 
 def adversarial(problem: Problem, draw: Callable[[], Tensor]) -> Callable:
-    """Penalty: a small critic learns to tell real patches, draw() → (n, 3, h, w), from images, DIP to fool
-    it.
-    """
+    """Penalty: a small critic learns to tell real patches, draw() → (n, 3, h, w), from DIP's images."""
     critic = nn.Sequential(nn.Conv2d(3, 32, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(32, 64, 4, 2, 1),
                            nn.LeakyReLU(0.2), nn.Conv2d(64, 1, 3)).to(problem.y.device)
     optimiser, softplus = torch.optim.Adam(critic.parameters(), 1e-3, (0.5, 0.9)), nn.functional.softplus

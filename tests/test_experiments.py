@@ -18,7 +18,7 @@ from PIL import Image
 import experiments as E
 from test_house import learnt, made, tiny  # noqa: F401
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT, MODELS = Path(__file__).resolve().parent.parent, E.PHOTOS[E.GROUPS[1]]
 
 
 # ------------------------------------------------------------------------------------------------------ data
@@ -68,6 +68,75 @@ def test_measurements(task):
     assert torch.equal(torch.rand(1, generator=generator), torch.rand(1, generator=E.seeded("x")))
 
 
+def test_robots_and_photographs_are_drawn_by_name():
+    robots, again = E.robots(), E.pictures(("robot 3", "coffee"), 32)
+    assert robots.shape == (32, 3, 32, 32) and torch.equal(again[:1], robots[3:4])
+    assert torch.equal(again[1:], E.square("coffee", 32))
+    assert len({tuple(image.flatten().tolist()) for image in robots}) == 32 and (robots[:, :, 0, 0] == 1).all()
+
+
+def test_two_numbers_of_training_pictures():
+    few = {tuple(x.flatten().tolist()) for k in range(9) for x in E.recipe("cats", 8)[1](E.seeded(k))}
+    many = {tuple(x.flatten().tolist()) for k in range(9) for x in E.recipe("cats")[1](E.seeded(k))}
+    assert len(few) == 8 and len(many) > 100
+
+
+@pytest.mark.parametrize("size", [(24, 31), (16, 16)])
+def test_nl_ridge_is_its_two_formulas_patch_by_patch(size):
+    """Against loops over patches, in which every formula stands as in the paper, with patches as columns."""
+    x = torch.nn.functional.interpolate(torch.rand(1, 2, 3, 3, generator=E.seeded(0)), size, mode="bicubic")
+    y, sigma, side = (x + 0.1 * torch.randn(x.shape, generator=E.seeded(1)))[0].double(), 0.1, 5
+    corners = [(i, j) for i in range(size[0] - 4) for j in range(size[1] - 4)]
+    lines = [sorted({*range(0, length - 4, 4), length - 5}) for length in size]
+
+    def stage(guide, members):
+        total, weight = torch.zeros_like(y), torch.zeros_like(y)
+        patch = {at: guide[:, at[0]:at[0] + side, at[1]:at[1] + side].flatten() for at in corners}
+        for centre in ((i, j) for i in lines[0] for j in lines[1]):
+            near = [at for at in corners if max(abs(at[0] - centre[0]), abs(at[1] - centre[1])) <= 18]
+            group = sorted(near, key=lambda at: (patch[at] - patch[centre]).square().sum().item())[:members]
+            X = torch.stack([patch[at] for at in group], 1)
+            Y = torch.stack([y[:, i:i + side, j:j + side].flatten() for i, j in group], 1)
+            noise, gram = len(X) * sigma ** 2 * torch.eye(len(group)).double(), X.T @ X
+            theta = (torch.eye(len(group)) - noise @ torch.linalg.inv(gram) if guide is y
+                     else torch.linalg.inv(gram + noise) @ gram)
+            for (i, j), column, estimate in zip(group, theta.T, (Y @ theta).T):
+                w = 1 / column.square().sum()
+                total[:, i:i + side, j:j + side] += w * estimate.reshape(2, side, side)
+                weight[:, i:i + side, j:j + side] += w
+        return total / weight
+    first = stage(y, 18)
+    assert torch.allclose(E.ridge_stage(y, y, sigma, 18).double(), first, atol=1e-5)
+    assert torch.allclose(E.ridge_stage(y, first, sigma, 55).double(), stage(first, 55), atol=1e-5)
+    found = E.nl_ridge(y[None], sigma)
+    assert (found - x).square().mean() < 0.4 * (y - x).square().mean()
+
+
+def test_nl_ridge_leaves_a_flat_picture_flat():
+    flat = torch.full((1, 3, 20, 20), 0.5)
+    assert torch.allclose(E.nl_ridge(flat, 0.1), flat, atol=1e-3)
+
+
+def test_a_shifted_model_is_the_model_of_the_shifted_pictures():
+    """A third of a turn permutes the colours; grey stays grey; there is a way back."""
+    x, seen = torch.rand(2, 3, 8, 8, generator=E.seeded(0)), []
+
+    def model(xt, t):
+        seen.append(xt)
+        return xt * torch.tensor([1.0, 2.0, 3.0]).reshape(3, 1, 1)
+    found = E.shifted(model, 120)(x, 7)
+    permuted = next(order for order in ([1, 2, 0], [2, 0, 1])
+                    if torch.allclose(x[:, order], seen[-1], atol=1e-5))
+    back = torch.empty_like(x)
+    back[:, permuted] = model(x[:, permuted], 7)
+    assert torch.allclose(found, back, atol=1e-5)
+    assert torch.allclose(E.shifted(lambda xt, t: xt, 47)(x, 7), x, atol=1e-5)
+    E.shifted(model, 77)(x[:, :1].expand(-1, 3, -1, -1), 7)
+    assert torch.allclose(seen[-1], x[:, :1].expand(-1, 3, -1, -1), atol=1e-5)
+    assert torch.allclose(seen[-1].norm(), x[:, :1].expand(-1, 3, -1, -1).norm())
+    assert torch.equal(E.shifted(lambda xt, t: xt.cumsum(2), "flip")(x, 7), x.flip(2).cumsum(2).flip(2))
+
+
 # -------------------------------------------------------------------------------------------- jobs and cache
 
 @pytest.fixture
@@ -105,11 +174,11 @@ def test_a_key_follows_the_code_that_a_job_uses_and_nothing_else(edit):
 
 
 def test_a_key_follows_every_setting_and_need():
-    at = {"photo": "coffee", "task": "hole", "model": E.PHOTOS[-1]}
-    more = {"photo": "chelsea"}, {"task": "×4"}, {"model": E.PHOTOS[0]}, {"seed": 1}, {"brief": 9}
+    at = {"photo": "coffee", "task": "hole", "model": MODELS[-1]}
+    more = {"photo": "chelsea"}, {"task": "×4"}, {"model": MODELS[0]}, {"seed": 1}, {"brief": 9}
     base, others = E.job("refit", **at), [E.job("refit", **at | change) for change in more]
     assert len({job.key for job in [base, *others]}) == 6 and base == E.job("refit", **at)
-    assert len({job.key for job in E.PHOTOS}) == 5 and E.PHOTOS[3] in E.PHOTOS[4].needs
+    assert len({job.key for job in MODELS}) == 5 and MODELS[3] in MODELS[4].needs
 
 
 def test_writes_are_whole_or_not_at_all(tmp_path):
@@ -126,7 +195,7 @@ def test_writes_are_whole_or_not_at_all(tmp_path):
 
 @pytest.mark.parametrize("damage", [b"", b"no zip at all", "cut"])
 def test_a_damaged_result_is_set_aside_and_computed_again(tiny, capsys, damage):  # noqa: F811
-    job = E.job("nlm", "coffee", "noise 25", size=32)
+    job = E.job("ridge", "coffee", "noise 25", size=32)
     whole = made(job)
     job.path.write_bytes(job.path.read_bytes()[:-99] if damage == "cut" else damage)
     assert torch.equal(made(job)["image"], whole["image"])
@@ -139,17 +208,17 @@ def test_killed_work_is_resumed_and_finished_work_is_left_alone(tmp_path):
         shutil.copy(ROOT / f"{name}.py", tmp_path)
     script = tmp_path / "work.py"
     script.write_text("import sys, experiments as E\nif __name__ == '__main__':\n"
-                      "    E.compute([E.job('nlm', p, 'noise 25', size=32) for p in E.TEST[:2]] + "
+                      "    E.compute([E.job('ridge', p, 'noise 25', size=32) for p in E.TEST[:2]] + "
                       "[E.job('dip', 'coffee', 'hole', size=32, steps=int(sys.argv[1]))], 2)\n"
                       "    print('finished')\n")
     begin = functools.partial(subprocess.Popen, cwd=tmp_path, start_new_session=True)
     process = begin([sys.executable, str(script), "99999"])
     began, cache = time.time(), tmp_path / ".cache"
-    while len(list(cache.glob("nlm-*.pt"))) < 2 and time.time() - began < 90:
+    while len(list(cache.glob("ridge-*.pt"))) < 2 and time.time() - began < 90:
         time.sleep(0.3)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    kept = {path: path.stat().st_mtime_ns for path in cache.glob("nlm-*.pt")}
+    kept = {path: path.stat().st_mtime_ns for path in cache.glob("ridge-*.pt")}
     assert len(kept) == 2
     for _ in range(2):
         done = subprocess.run([sys.executable, str(script), "3"], cwd=tmp_path, capture_output=True)
@@ -198,6 +267,35 @@ def test_seeds_are_averaged_first_and_pairs_are_paired():
     assert lines[4] == "| z | 1.0 | -19.50 | 0 of 1 | 0.25 |"
 
 
+def test_p_counts_signs_and_holm_corrects_for_the_number_of_names():
+    q = E.Query({"a": [record("x", str(k), value) for k, value in enumerate((1.0, 2.0, 3.0, -0.5))]})
+    number = q("psnr", "a", row="x")
+    assert number.p == 4 / 16 and f"{number:p}" == "0.25" and number.photos == ("0", "1", "2", "3")
+    many = E.Number(1.0, 0, 0, 20, 20, (1.0,) * 20, ())
+    assert many.p < 1e-3
+    assert E.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+
+
+def test_the_best_other_row_is_never_a_combination_of_both():
+    rows = [record("DIP", "p", 20.0), record("diffusion", "p", 21.0), record("without DIP", "p", 22.0),
+            record("DIP and diffusion", "p", 24.0), record("combination", "p", 23.5)]
+    q = E.Query({"a": rows})
+    assert q.rival("a") == "without DIP" and q.gain("a").mean == 1.5
+    assert q.gain("a", row="DIP and diffusion").mean == 2
+
+
+def test_the_law_in_a_record_is_the_best_average_there_is():
+    """Of two pictures, from the true errors: against a search of all weights."""
+    x, f, g = torch.rand(3, 1, 3, 8, 8, generator=E.seeded(0))
+    found, grid = E.law([f[0], g[0]], x[0]), torch.linspace(0, 1, 2001)
+    errors = torch.stack([(w * f + (1 - w) * g - x).square().mean() for w in grid])
+    assert found["law"] == pytest.approx(-10 * errors.min().log10().item(), abs=1e-3)
+    parents = [(image - x).square().mean().item() for image in (f, g)]
+    assert found["best_expert"] == pytest.approx(-10 * np.log10(min(parents)), abs=1e-4)
+    shared = ((f - x) * (g - x)).mean().item()
+    assert found["rho"] == pytest.approx(shared / np.sqrt(parents[0] * parents[1]), abs=1e-4)
+
+
 @pytest.mark.parametrize("template, text", [
     ("x <<q('psnr', 'a', row='z'):.1f>> y", "x 1.0 y"), ("<<q('psnr', 'a', row='x').mean:.0f>> %", "26 %"),
     ("<<1 if q('psnr', 'a').n < 9 else 2>>", "1"),
@@ -216,7 +314,7 @@ def test_unknown_holes_and_false_claims_fail_the_build(template):
 
 def test_records_are_written_trusted_and_refused(tiny, tmp_path, monkeypatch):  # noqa: F811
     """Nothing is computed twice; with reuse committed records are trusted where keys fit."""
-    rows, worked = {"final": [("nlm", E.job("nlm", "coffee", "noise 25", size=32))]}, []
+    rows, worked = {"final": [("ridge", E.job("ridge", "coffee", "noise 25", size=32))]}, []
     monkeypatch.setattr(E, "OUT", {"full": tmp_path / "out"})
     monkeypatch.setattr(E, "rows_of", lambda scale: rows)
     monkeypatch.setattr(E, "FIGURES", {})
@@ -233,13 +331,13 @@ def test_records_are_written_trusted_and_refused(tiny, tmp_path, monkeypatch):  
     text = (tmp_path / "out" / "final.json").read_text()
     assert len(worked) == 1 and len(text.splitlines()) == 3
     assert json.loads(text)["records"][0]["photo"] == "coffee"
-    assert E.read_records("full")("psnr", "final", row="nlm").mean > 10
+    assert E.read_records("full")("psnr", "final", row="ridge").mean > 10
     shutil.rmtree(E.CACHE)
     E.make_all(reuse=True)
     assert len(worked) == 1 and (tmp_path / "out" / "final.json").read_text() == text
     E.make_all()
     assert len(worked) == 2
-    rows["final"] = [("nlm", E.job("nlm", "coffee", "noise 50", size=32))]
+    rows["final"] = [("ridge", E.job("ridge", "coffee", "noise 50", size=32))]
     with pytest.raises(E.Refusal, match="other code or settings"):
         E.read_records("full")
 
@@ -301,7 +399,7 @@ def test_inpainting_keeps_what_is_known_and_samples_differ(tiny, tmp_path):  # n
     x, known = noisy(), np.full((40, 37), 255, np.uint8)
     known[10:20, 10:20] = 0
     path, mask = save(tmp_path / "x.png", x), save(tmp_path / "mask.png", known)
-    E.restore(path, "inpaint", "warm-start", mask=mask, samples="2", out=str(tmp_path / "out.png"))
+    E.restore(path, "inpaint", "diffusion", mask=mask, samples="2", out=str(tmp_path / "out.png"))
     files = [tmp_path / f"out{ending}.png" for ending in ("", "-1", "-2")]
     mean, first, second = (np.asarray(Image.open(file)).astype(int) for file in files)
     assert all(np.abs(result - x)[known > 0].max() <= 1 for result in (mean, first, second))
@@ -324,7 +422,7 @@ def test_refusals_are_one_sentence(tmp_path):
         ("be read", {"image": str(tmp_path / "cut.png")}), ("be read", {"image": str(tmp_path)}),
         ("not numbers", {"image": str(tmp_path / "nan.tiff")}), ("resize it", {"image": small}),
         ("needs IMAGE", {"image": ""}), ("needs IMAGE", {"task": "sharpen"}), ("no noise", {"image": flat}),
-        ("choose interpolation", {"task": "superres", "method": "pair"}), ("choose nlm", {"method": "magic"}),
+        ("choose interpolation", {"task": "superres", "method": "pair"}), ("choose ridge", {"method": "magic"}),
         ("SAMPLES=0", {"samples": "0"}), ("SIGMA=loud", {"sigma": "loud"}), ("SIGMA=nan", {"sigma": "nan"}),
         ("SIGMA=300", {"sigma": "300"}), ("FACTOR=1", {"task": "superres", "factor": "1"}),
         ("needs MASK", {"task": "inpaint"}), ("all white", {"task": "inpaint", "mask": white}),

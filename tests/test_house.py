@@ -83,8 +83,11 @@ def test_public_things_say_what_they_are():
 
 
 def test_no_photo_is_in_two_sets():
-    sets = [*E.TEST, *E.DEVELOPMENT, *E.TRAINING]
-    assert len({name.replace("_left", "") for name in sets}) == len(sets)
+    """… of those that a photograph's own model learns from, that are developed on, and that are tested."""
+    for group, other, data in zip((E.TWO, E.ONE), (E.ONE, E.TWO), E.GROUPS):
+        assert E.LEARNT[data] == other + E.COMMON and len(group) == 6
+        assert all(E.job("diffusion", name, "hole", model="own").model.photos == (data,) for name in group)
+    assert len({*E.ONE, *E.TWO, *E.DEVELOPMENT, *E.COMMON}) == 12 + 4 + 7
 
 
 def test_loops_and_methods_are_generators():
@@ -99,7 +102,7 @@ def learnt():
     """What two updates on photographs give."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ddpm, "error_curve", lambda *_: torch.linspace(0, 0.05, 1001))
-        return E.train(E.job("train", "photos", steps=2))
+        return E.train(E.job("train", E.GROUPS[1], steps=2))
 
 
 @pytest.fixture
@@ -107,9 +110,9 @@ def tiny(learnt, tmp_path, monkeypatch):
     """A cache of its own, with that photo model in the place of the real one."""
     monkeypatch.setattr(E, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(ddpm, "error_curve", lambda *_: torch.linspace(0, 0.05, 1001))
-    model = E.job("train", "photos", steps=2)
+    model = E.job("train", E.GROUPS[1], steps=2)
     E.write(model.path, lambda path: torch.save(learnt, path))
-    monkeypatch.setattr(E, "PHOTOS", (model,))
+    monkeypatch.setattr(E, "PHOTOS", {data: (model,) for data in E.GROUPS})
     return model
 
 
@@ -142,8 +145,8 @@ def test_what_a_method_delivers_does_not_depend_on_the_scores(tiny, monkeypatch,
 
 
 @pytest.mark.parametrize("method, task, users, more", [
-    ("dip", "×4", "superres", {"factor": "4"}), ("refit", "×4", "superres", {"factor": "4"}),
-    ("two-dips", "×4", "superres", {"factor": "4"}),
+    ("dip", "×4", "superres", {"factor": "4"}), ("diffusion", "×4", "superres", {"factor": "4"}),
+    ("stacked", "×4", "superres", {"factor": "4"}),
     ("weighted", "noise 25, cut to [0, 1]", "denoise", {"sigma": "25"})])
 def test_restore_gives_the_picture_of_the_record(tiny, tmp_path, monkeypatch, method, task, users, more):
     """The measurement of a test photo, given to restore as a file: the same picture, bit for bit."""
@@ -153,15 +156,29 @@ def test_restore_gives_the_picture_of_the_record(tiny, tmp_path, monkeypatch, me
         problem = exact(*what)
         return problem._replace(y=E.to_bytes(problem.y) / 255)
     monkeypatch.setattr(E, "measured", rounded)
-    E.save_picture(rounded(E.square("coffee", 64), task, "coffee", 0).y, tmp_path / "y.png")
-    experts = tuple(E.job(name, "coffee", task, size=64, model=tiny, **{"steps": 9} | extra)
-                    if name in ("dip", "pair") else E.job(name, "coffee", task, size=64, model=tiny)
+    size, steps = 64, 0 if method == "stacked" else 9
+    E.save_picture(rounded(E.square("coffee", size), task, "coffee", 0).y, tmp_path / "y.png")
+    at = {"photo": "coffee", "task": task, "size": size, "model": tiny}
+    experts = tuple(E.job(name, **at, **extra | ({"steps": steps} if name == "pair" else {}))
                     for name, extra in E.METHODS[method].experts)
-    steps = {"steps": 9} if "steps" in E.names(method) else {}
-    record = made(E.job(method, "coffee", task, size=64, model=tiny, experts=experts, **steps))
-    E.restore(str(tmp_path / "y.png"), users, method, steps=9, out=str(tmp_path / "x.png"), **more)
+    own = {"steps": steps} if "steps" in E.names(method) else {}
+    record = made(E.job(method, **at, experts=experts, **own))
+    E.restore(str(tmp_path / "y.png"), users, method, steps=steps, out=str(tmp_path / "x.png"), **more)
     got = np.asarray(Image.open(tmp_path / "x.png"))
     assert (got == E.to_bytes(record["image"])[0].permute(1, 2, 0).numpy()).all()
+
+
+@pytest.mark.parametrize("name", ["interpolation", "dip", "diffusion"])
+@pytest.mark.parametrize("task", ["hole", "80 % missing", "×4"])
+def test_blind_experts_do_not_see_what_judges_them(tiny, monkeypatch, name, task):
+    """Other values where they are blind: the same picture, bit for bit; all experts are blind to the same."""
+    job, exact = E.quickly(E.job(name, "coffee", task, size=48, model=tiny, blind=True)), E.measured
+    first = E.restoration(job)["image"]
+    problem = exact(E.square("coffee", 48).to(E.DEVICE), task, "coffee", 0)
+    hidden = E.unseen_of(problem)
+    monkeypatch.setattr(E, "measured", lambda *_: problem._replace(y=problem.y + 0.3 * hidden))
+    monkeypatch.setattr(E, "unseen_of", lambda problem: hidden)
+    assert torch.equal(E.restoration(job)["image"], first) and 0 < hidden.mean() < 0.3
 
 
 def test_a_new_method_shows_up_everywhere(tiny, tmp_path, monkeypatch):
@@ -190,6 +207,7 @@ def test_pictures_of_a_group_are_fitted_as_one_and_scored_each(tiny):
     assert torch.equal(result["images"]["truth"][1:], E.to_bytes(alone))
     psnr = metrics.psnr(result["image"][1:].clamp(0, 1), alone).item()
     assert result["records"][1]["psnr"] == pytest.approx(psnr, abs=1e-4)
-    job = E.job("warm-start", "coffee", "hole", size=48, model=tiny, samples=2)
+    job = E.job("diffusion", "coffee", "hole", size=48, model=tiny, samples=2)
     sampled = made(E.quickly(job))["records"]
-    assert len(sampled) == 1 and sampled[0]["diversity"] > 0 and sampled[0]["evaluations"] == 8
+    # two chains of twenty steps
+    assert len(sampled) == 1 and sampled[0]["diversity"] > 0 and sampled[0]["evaluations"] == 40
