@@ -397,9 +397,11 @@ def reverse(f: Tensor, model: ddpm.Model, t: int, evaluations: int, generator: t
     yield from ddpm.ddim(model.denoise, s, x, evaluations, generator, eta, t_start=t, refine=refine)
 
 
-def at_its_step(y: Tensor, sigma: float, model: ddpm.Model, evaluations: int) -> Tensor:
-    """A noisy photo is a state of the chain: the model at the step of its noise, over its eight views."""
-    return eight_views(lambda view: ddpm.denoise_photo(*model[:2], view, sigma, evaluations), y)
+def at_its_step(y: Tensor, sigma: float, model: ddpm.Model, evaluations: int, views: bool) -> Tensor:
+    """A noisy photo is a state of the chain: the model at the step of its noise, over eight views or one."""
+    def denoise(view: Tensor) -> Tensor:
+        return ddpm.denoise_photo(*model[:2], view, sigma, evaluations)
+    return eight_views(denoise, y) if views else denoise(y)
 
 
 def eight_views(estimate: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
@@ -412,10 +414,11 @@ def eight_views(estimate: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
 
 
 def diffusion_pair(problem: Problem, model: ddpm.Model, generator: torch.Generator, *, ratio: float = 0.25,
-                   evaluations: int = 4) -> Iterator[Restoration]:
+                   evaluations: int = 4, views: bool = True) -> Iterator[Restoration]:
     """The model alone on y ± Sξ: the mean of both estimates, with its risk."""
-    yield from recorrupted(problem, generator, lambda q, level: at_its_step(q, level, model, evaluations),
-                           ratio=ratio)
+    def estimate(q: Tensor, level: float) -> Tensor:
+        return at_its_step(q, level, model, evaluations, views)
+    yield from recorrupted(problem, generator, estimate, ratio=ratio)
 
 
 def guided(problem: Problem, model: ddpm.Model) -> Callable[[Tensor, int], Tensor]:
@@ -437,10 +440,10 @@ def guided(problem: Problem, model: ddpm.Model) -> Callable[[Tensor, int], Tenso
 def diffusion(problem: Problem, model: ddpm.Model, generator: torch.Generator,
               interpolate: Callable[[Problem], Tensor], experts: Sequence[Restoration] = (), *, t: int = 600,
               evaluations: int = 0, eta: float = 1.0, samples: int = 8, lean: bool = False,
-              gradient: bool = False) -> Iterator[Restoration]:
+              gradient: bool = False, views: bool = True) -> Iterator[Restoration]:
     """The model alone, in its best form on development pictures.
 
-    Noisy y: four evaluations from the step of its own noise, over eight views. Without noise: the mean of
+    Noisy y: four evaluations from the step of its own noise, with `views` over eight of them. Without noise: the mean of
     `samples` chains of `evaluations` (default 10) steps of DDIM, which start at t from an interpolation and
     agree with y at every step (DDNM), or with `gradient` are guided through the model (ΠGDM). t = T: they
     start from pure noise. An expert's image takes the place of the interpolation (SDEdit, Meng et al. 2022;
@@ -448,7 +451,7 @@ def diffusion(problem: Problem, model: ddpm.Model, generator: torch.Generator,
     if the image had the error v of the start step.
     """
     if problem.sigma:
-        yield Restoration(at_its_step(problem.y, problem.sigma, model, evaluations or 4))
+        yield Restoration(at_its_step(problem.y, problem.sigma, model, evaluations or 4, views))
         return
     f = experts[0].image if experts else interpolate(problem)
     many = problem._replace(y=problem.y.repeat_interleave(samples, 0))
