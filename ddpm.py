@@ -337,6 +337,21 @@ def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
 
 
+def shifted(denoise: Callable, shift) -> Callable[[Tensor, int], Tensor]:
+    """The model of a shifted distribution, D_R(x) = R⁻¹ D(R x): R turns images upside down ("flip") or
+    rotates their hues by `shift` degrees about the grey axis.
+    """
+    if shift == "flip":
+        return lambda xt, t: denoise(xt.flip(2), t).flip(2)
+    # Rodrigues' formula; the axis is (1, 1, 1)/√3
+    angle, cross = math.radians(shift), torch.tensor([[0., -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+    R = math.cos(angle) * torch.eye(3) + (1 - math.cos(angle)) / 3 + math.sin(angle) * cross
+
+    def turn(matrix: Tensor, x: Tensor) -> Tensor:
+        return torch.einsum("ij,bjhw->bihw", matrix.to(x), x)
+    return lambda xt, t: turn(R.T, denoise(turn(R, xt), t))
+
+
 class Model(NamedTuple):
     """A trained diffusion model: (xt, t) → x0_hat, its schedule, and its error v(t) as from `error_curve`."""
     denoise: Callable[[Tensor, int], Tensor]

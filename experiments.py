@@ -301,22 +301,6 @@ def smoother(s: ddpm.Schedule) -> Callable:
     return denoise
 
 
-def shifted(denoise: Callable, shift) -> Callable:
-    """Tool: the model of a shifted distribution, D_R(x) = R⁻¹ D(R x): R turns the picture upside down
-    ("flip") or rotates its hues by `shift` degrees about the grey axis.
-    """
-    if shift == "flip":
-        return lambda xt, t: denoise(xt.flip(2), t).flip(2)
-    # Rodrigues' formula; the axis is (1, 1, 1)/√3
-    angle, ones = math.radians(shift), torch.ones(3, 3)
-    cross = torch.tensor([[0., -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
-    R = math.cos(angle) * torch.eye(3) + (1 - math.cos(angle)) / 3 * ones + math.sin(angle) * cross
-
-    def turn(matrix: Tensor, x: Tensor) -> Tensor:
-        return torch.einsum("ij,bjhw->bihw", matrix.to(x), x)
-    return lambda xt, t: turn(R.T, denoise(turn(R, xt), t))
-
-
 def perceptual(problem: dip.Problem, model: "Job", generator: torch.Generator) -> Callable:
     network, (s, _), _ = network_of(model)
     return hybrid.perceptual(problem, network, s)
@@ -415,7 +399,7 @@ def toolbox(problem: dip.Problem, generator: torch.Generator, model: Optional["J
     if model is not None:
         loaded = model_of(model)
         denoise = smoother(loaded.schedule) if prior == "ridge" else loaded.denoise
-        denoise = shifted(denoise, shift) if shift else denoise
+        denoise = ddpm.shifted(denoise, shift) if shift else denoise
 
         def counted(xt: Tensor, t: int) -> Tensor:
             # chains and views of one picture count, too

@@ -125,14 +125,12 @@ def antithetic_pair(problem: Problem, fresh: Callable, generator: torch.Generato
                     ratios: Sequence[float] = (0.25,), antithetic: bool = True, warm: bool = False,
                     patience: int = 15, steps: int = 2000, watch: bool = False, **options
                     ) -> Iterator[Restoration]:
-    """DIP on noisier states of the process, y + Sξ and y − Sξ, stopped where their mean has the least
-    estimated risk.
+    """DIP on noisier states of the process, y ± Sξ, stopped where their mean has the least estimated risk.
 
     ratios: S/σ of each stage, in the order walked. Give the noisiest first, as the reverse process does:
     then every risk stays unbiased, also with warm, which goes on with the networks of the stage before.
     Several stages are combined by their expected errors and listed in `others`. antithetic: off for one
-    network per stage. A stage ends `patience` updates after its least risk, or after `steps`. `options` go
-    to dip.fit.
+    network per stage. A stage ends `patience` updates after its least risk, or after `steps`.
     """
     y, sigma = problem.y, problem.sigma
     chain = dict(zip(sorted(ratios), noising_chain(y, sigma, sorted(ratios), generator)))
@@ -158,11 +156,9 @@ def antithetic_pair(problem: Problem, fresh: Callable, generator: torch.Generato
 def one_sided_sure(problem: Problem, fresh: Callable, generator: torch.Generator, *, ratio: float = 0.25,
                    patience: int = 15, steps: int = 2000, watch: bool = False, **options
                    ) -> Iterator[Restoration]:
-    """Monte-Carlo SURE (Ramani, Blu & Unser 2008) along a plain fit to y, for comparison; one image at a
-    time.
+    """Monte-Carlo SURE (Ramani, Blu & Unser 2008) along a plain fit to y, for one image at a time.
 
-    A second fit, from the same start with the same jitter, to y + Sξ gives the divergence.
-    """
+    A second fit, from the same start with the same jitter, to y + Sξ gives the divergence."""
     y, sigma, twin = problem.y, problem.sigma, torch.Generator()
     link, = noising_chain(y, sigma, [ratio], generator)
     twin.set_state(generator.get_state())
@@ -266,9 +262,7 @@ def averaged(problem: Problem, experts: Sequence[Restoration]) -> Iterator[Resto
 # ------------------------------------------------------------------------------------ measurements kept back
 
 def scattered(problem: Problem, generator: torch.Generator, share: float = 0.05) -> Tensor:
-    """(1, 1, h, w), 1 for about `share` of the measurements, at random, and for at least one.
-
-    Raises ValueError where nothing was measured."""
+    """(1, 1, h, w), 1 for about `share` of the measurements, at least one. ValueError where there is none."""
     known = problem.known
     if not known.any():
         raise ValueError("nothing is known of this image: give a mask that leaves some pixels")
@@ -340,20 +334,9 @@ def in_turn(*hooks: Refine) -> Refine:
     return refine
 
 
-def agree(problem: Problem, v: Tensor) -> Refine:
-    """Data consistency: x̂₀ + w A⁺(y − A x̂₀), with w = v(t)/(v(t) + σ²).
-
-    Without noise w = 1, and A x̂₀ = y exactly: the range–null-space decomposition (DDNM, Wang, Yu & Zhang
-    2023). With noise w is the weight of least variance where guess and measurement err independently and A
-    keeps variances (identity, mask; not means of pixels).
-    """
-    y, operator, sigma = problem
-
-    def refine(x0_hat: Tensor, t: int) -> Tensor:
-        w = v[t].item() / (v[t].item() + sigma ** 2) if sigma else 1.0
-        image = ddpm.to_image(x0_hat)
-        return ddpm.to_diffusion(image + w * operator.pinv(y - operator.A(image)))
-    return refine
+def agree(problem: Problem) -> Refine:
+    """Data consistency without noise, x̂₀ + A⁺(y − A x̂₀): DDNM (Wang, Yu & Zhang 2023)."""
+    return lambda x0_hat, t: ddpm.to_diffusion(problem.consistent(ddpm.to_image(x0_hat)))
 
 
 def fuse(g: Tensor, share: Callable[[int], Tensor | float]) -> Refine:
@@ -385,11 +368,9 @@ def fitted_again(problem: Problem, net, z: Tensor, updates: int, generator: torc
 
 def reverse(f: Tensor, model: ddpm.Model, t: int, evaluations: int, generator: torch.Generator, *,
             eta: float = 0.0, refine: Refine = in_turn()) -> Iterator[ddpm.Sample]:
-    """The reverse process started at step t by the images f (B, C, H, W) in [0, 1], by `evaluations` jumps
-    of DDIM.
+    """Images f (B, C, H, W) in [0, 1], refined and diffused to step t, are taken back by jumps of DDIM.
 
-    f is refined and diffused to t, then taken back. Yields the start first, then every reverse step. t = 0:
-    no diffusion at all; t = T: f is forgotten, and this is diffusion alone.
+    Yields the start first, then every reverse step. t = 0: no diffusion at all; t = T: f is forgotten.
     """
     s, x0 = model.schedule, refine(ddpm.to_diffusion(f), t)
     x = ddpm.q_sample(s, x0, t, torch.randn(f.shape, generator=generator).to(f.device))
@@ -422,9 +403,9 @@ def diffusion_pair(problem: Problem, model: ddpm.Model, generator: torch.Generat
 
 
 def guided(problem: Problem, model: ddpm.Model) -> Callable[[Tensor, int], Tensor]:
-    """ΠGDM (Song, Vahdat, Mardani & Kautz 2023, Eq. 8) for y without noise: x̂₀ + Jᵀ A⁺(y − A x̂₀)/√ᾱ_t, J the
-    Jacobian of x̂₀ in x_t: the measurement corrects the guess through the model.
-    """
+    """ΠGDM (Song, Vahdat, Mardani & Kautz 2023) for y without noise: x̂₀ + Jᵀ A⁺(y − A x̂₀)/√ᾱ_t.
+
+    J is the Jacobian of x̂₀ in x_t: the measurement corrects the guess through the model."""
     y, operator, _ = problem
 
     def denoise(xt: Tensor, t: int) -> Tensor:
@@ -443,12 +424,12 @@ def diffusion(problem: Problem, model: ddpm.Model, generator: torch.Generator,
               gradient: bool = False, views: bool = True) -> Iterator[Restoration]:
     """The model alone, in its best form on development pictures.
 
-    Noisy y: four evaluations from the step of its own noise, with `views` over eight of them. Without noise: the mean of
-    `samples` chains of `evaluations` (default 10) steps of DDIM, which start at t from an interpolation and
-    agree with y at every step (DDNM), or with `gradient` are guided through the model (ΠGDM). t = T: they
-    start from pure noise. An expert's image takes the place of the interpolation (SDEdit, Meng et al. 2022;
-    CCDF, Chung, Sim & Ye 2022). lean: each guess is also averaged with that image, by inverse variance, as
-    if the image had the error v of the start step.
+    Noisy y: four evaluations from the step of its own noise, over eight `views` or one. Without noise: the
+    mean of `samples` chains of `evaluations` (default 10) steps of DDIM. They start at t from an
+    interpolation and agree with y at every step (DDNM), or with `gradient` are guided through the model
+    (ΠGDM). t = T: they start from pure noise. An expert's image takes the place of the interpolation
+    (SDEdit, Meng et al. 2022; CCDF, Chung, Sim & Ye 2022). lean: each guess is also averaged with that
+    image, by inverse variance, as if the image had the error v of the start step.
     """
     if problem.sigma:
         yield Restoration(at_its_step(problem.y, problem.sigma, model, evaluations or 4, views))
@@ -457,7 +438,7 @@ def diffusion(problem: Problem, model: ddpm.Model, generator: torch.Generator,
     many = problem._replace(y=problem.y.repeat_interleave(samples, 0))
     f, v = f.expand(problem.shape).repeat_interleave(samples, 0), model.v
     hooks = [fuse(f, lambda now: inverse_variance(v[now].item(), v[t].item()))] * lean
-    hooks += [agree(many, v)] * (not gradient)
+    hooks += [agree(many)] * (not gradient)
     model = model._replace(denoise=guided(many, model)) if gradient else model
     for sample in reverse(f, model, t, evaluations or 10, generator, eta=eta, refine=in_turn(*hooks)):
         images = many.consistent(ddpm.to_image(sample.x0_hat)).unflatten(0, (-1, samples))
@@ -476,7 +457,7 @@ def refit(problem: Problem, model: ddpm.Model, fresh: Callable, generator: torch
     net, z = fresh(problem, generator)
     for step in dip.fit(problem.y, problem.operator.A, net, z, brief, generator, **options):
         yield Restoration(problem.consistent(step.average), {"updates": step.i})
-    agreed = agree(problem, model.v)
+    agreed = agree(problem)
     again = fitted_again(problem, net, z, updates, generator, weight, **options)
     chain = reverse(step.average, model, t, evaluations, generator, eta=eta,
                     refine=in_turn(agreed, again, agreed))

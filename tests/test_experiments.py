@@ -124,17 +124,17 @@ def test_a_shifted_model_is_the_model_of_the_shifted_pictures():
     def model(xt, t):
         seen.append(xt)
         return xt * torch.tensor([1.0, 2.0, 3.0]).reshape(3, 1, 1)
-    found = E.shifted(model, 120)(x, 7)
+    found = E.ddpm.shifted(model, 120)(x, 7)
     permuted = next(order for order in ([1, 2, 0], [2, 0, 1])
                     if torch.allclose(x[:, order], seen[-1], atol=1e-5))
     back = torch.empty_like(x)
     back[:, permuted] = model(x[:, permuted], 7)
     assert torch.allclose(found, back, atol=1e-5)
-    assert torch.allclose(E.shifted(lambda xt, t: xt, 47)(x, 7), x, atol=1e-5)
-    E.shifted(model, 77)(x[:, :1].expand(-1, 3, -1, -1), 7)
+    assert torch.allclose(E.ddpm.shifted(lambda xt, t: xt, 47)(x, 7), x, atol=1e-5)
+    E.ddpm.shifted(model, 77)(x[:, :1].expand(-1, 3, -1, -1), 7)
     assert torch.allclose(seen[-1], x[:, :1].expand(-1, 3, -1, -1), atol=1e-5)
     assert torch.allclose(seen[-1].norm(), x[:, :1].expand(-1, 3, -1, -1).norm())
-    assert torch.equal(E.shifted(lambda xt, t: xt.cumsum(2), "flip")(x, 7), x.flip(2).cumsum(2).flip(2))
+    assert torch.equal(E.ddpm.shifted(lambda xt, t: xt.cumsum(2), "flip")(x, 7), x.flip(2).cumsum(2).flip(2))
 
 
 # -------------------------------------------------------------------------------------------- jobs and cache
@@ -163,7 +163,7 @@ def test_a_key_follows_the_code_that_a_job_uses_and_nothing_else(edit):
     assert edit("ddpm", "\ndef q_sample", "\n# a comment\ndef q_sample") == first
     assert edit("experiments", '"seconds": 1, "updates": 0', '"seconds": 2, "updates": 0') == first
     assert edit("experiments", "def plot_risk(rows", "def plot_risk(many_rows") == first
-    fit, pair, train = edit("hybrid", "begin: int = 100,", "begin: int = 99,")
+    fit, pair, train = edit("hybrid", "steps: int = 800,", "steps: int = 801,")
     assert (fit, train) == (first[0], first[2]) and pair == first[1]
     fit, pair, train = edit("hybrid", "copies, networks, spent", "copies, networks, paid")
     assert (fit, train) == (first[0], first[2]) and pair != first[1]
