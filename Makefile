@@ -7,7 +7,7 @@ PICTURES := sporco==0.2.2.post1 mahotas==1.4.19 scikit-learn==1.7.2
 .PHONY: help all quick test report figures bench restore train clean
 
 help:
-	@echo "make all      compute every experiment, figure and REPORT.md (about an hour on 2 cores;"
+	@echo "make all      compute every experiment, figure and REPORT.md (an hour and a half on 2 cores;"
 	@echo "              interrupt it when you like: the next 'make all' goes on; a second one does nothing)"
 	@echo "              REUSE=1 trusts the records in out/ whose code and settings have not changed"
 	@echo "make quick    the same road on tiny budgets, into out-quick/ (minutes; its numbers mean nothing)"
@@ -18,7 +18,7 @@ help:
 	@echo "make restore IMAGE=photo.jpg TASK=denoise|inpaint|superres [SIGMA=25] [MASK=mask.png] [FACTOR=2]"
 	@echo "             [METHOD=dip] [SAMPLES=4] [OUT=result.png]     restore a photo of yours;"
 	@echo "             a METHOD that does not exist is answered with the list of those that do"
-	@echo "make train IMAGES=folder [TRAIN_STEPS=1250] [OUT=samples.png]     a diffusion model of your own images;"
+	@echo "make train IMAGES=folder [TRAIN_STEPS=5000] [OUT=samples.png]     a diffusion model of your own images;"
 	@echo "             then 'make restore … METHOD=diffusion IMAGES=folder' uses it"
 	@echo "make clean    forget the cache and the quick results (out/ stays)"
 	@echo "Variables: PYTHON=$(PYTHON) (3.10 to 3.13), JOBS=number of processes (default: one per core)"

@@ -797,7 +797,7 @@ WORK = {"train": train, "sample": sample}
 
 NOISY, HIDDEN = ("noise 15", "noise 25", "noise 50"), ("hole", "80 % missing", "×4")
 FIVE = ("noise 25", "noise 50", "hole", "80 % missing", "×4")
-SMALL, FOUR = {"task": "noise 25", "size": 64}, (2.0, 1.0, 0.5, 0.25)
+SMALL, FOUR = {"task": "noise 25", "size": 48}, (2.0, 1.0, 0.5, 0.25)
 SLOW = {"antithetic": False, "warm": True}
 # cats by number; those from 256 on are for development
 FLOCK, CROWD = tuple(range(32)), tuple(range(128))
@@ -835,7 +835,7 @@ def ask_ddpm():
     real = (job("sample", "cats", seed=2, n=2048),)
     for n in (512, 256):
         yield f"{n} real cats", job("sample", "cats", experts=real, seed=1, n=n)
-    for eta, steps in ((0.0, 5), (0.0, 10), (0.0, 20), (0.0, 50), (1.0, 5), (1.0, 50)):
+    for eta, steps in ((0.0, 5), (0.0, 10), (0.0, 20), (0.0, 50), (1.0, 50)):
         drawn = job("sample", "cats", model=CATS[-1], experts=real, n=512, steps=steps, eta=eta)
         yield f"η = {eta:.0f}, {steps} steps", drawn
     draw = functools.partial(job, "sample", "cats", experts=real, n=256, steps=20)
@@ -892,7 +892,7 @@ def ask_stop():
     yield from changes("pair", STAGES, **SMALL, steps=320, watch=True)
 
 
-HARD, FAR = {"gradient": False}, {"t": 1000, "evaluations": 30}
+HARD, FAR = {"gradient": False}, {"t": 1000, "evaluations": 20}
 WAYS = {"diffusion": {}, "DDNM": HARD, "ΠGDM": {"gradient": True}, "one sample": {"samples": 1},
         "DDNM, from noise": HARD | FAR | {"eta": 0.0}, "DDNM, from noise, ζ = 1": HARD | FAR,
         "ΠGDM, from noise": FAR | {"gradient": True},
@@ -907,7 +907,7 @@ REFITS = {"refit": {}, "weight of the guess 1": {"weight": 1.0}, "a refit of 5 u
 def ask_enter():
     """How many reverse steps does a DIP prior save, at what quality and diversity?"""
     places = over(photo=FIRST, task=("hole",), size=(96,), model=("own",))
-    for at in places + over(photo=(FLOCK[:20],), task=HIDDEN[:2], size=(32,), model=(CATS[-1],)):
+    for at in places + over(photo=(FLOCK[:20],), task=("80 % missing",), size=(32,), model=(CATS[-1],)):
         yield from ((row, job("diffusion", **at, **more)) for row, more in WAYS.items())
         for updates in (25, 100):
             dip = (job("dip", **at, steps=updates),)
@@ -944,9 +944,8 @@ def arms(shift=0, **at) -> Iterator:
         def combine(*experts):
             return job("stacked", **at, experts=experts + tuple(blind[expert] for expert in experts))
         # a chain can start from any finished picture: from its own mean, or from that of the combination
-        yield "restarted", job("diffusion", **at, **more, experts=(model,))
-        start = combine(prior, model, formula)
-        yield "from the combination", job("diffusion", **at, **more, experts=(start,))
+        for row, start in (("restarted", model), ("from the combination", combine(prior, model, formula))):
+            yield row, job("diffusion", **at, **more, experts=(start,))
     yield "combination", combine(prior, model, formula)
     yield "DIP and diffusion", combine(prior, model)
     yield "without diffusion", combine(prior, formula)
@@ -960,16 +959,16 @@ def ask_train():
     brief, wide = (job("dip", **at, steps=100),), (job("dip", **crowd, steps=100),)
     real = job("sample", "cats", seed=2, n=2048)
     yield "brief DIP", brief[0]
-    few = {n: chain("cats", 1300, place=PLACE, pictures=n)[-1] for n in (64, 1024)}
-    models = {steps_of(model): model for model in CATS} | {f"{n} pictures": few[n] for n in few}
-    for name, model in models.items():
-        ways = {"noise": FAR, "interpolation": {}, "DIP": {"experts": brief}}
-        yield from ((f"from {way}, {name}", job("diffusion", model=model, **at, **more))
-                    for way, more in ways.items())
-        ways |= {"DIP": {"experts": wide}}
-        for way, more in ways.items():
-            drawn = job("diffusion", model=model, **crowd, **more, samples=1)
+    models = {steps_of(model): model for model in CATS}
+    models |= {f"{n} pictures": chain("cats", 1300, place=PLACE, pictures=n)[-1] for n in (64, 1024)}
+    for (name, model), way in itertools.product(models.items(), ("noise", "interpolation", "DIP")):
+        more, less = ({"experts": dip} if way == "DIP" else FAR if way == "noise" else {}
+                      for dip in (brief, wide))
+        yield f"from {way}, {name}", job("diffusion", model=model, **at, **more)
+        if way != "interpolation":
+            drawn = job("diffusion", model=model, **crowd, **less, samples=1)
             yield f"samples from {way}, {name}", job("sample", "cats", experts=(real, drawn), n=len(CROWD))
+    for name, model in models.items():
         yield from ((f"{row}, {name}", each) for row, each in arms(
             photo=FLOCK, task="noise 25", size=32, model=model) if row in ("diffusion", "combination"))
     for t_max in (1000, 250):
@@ -993,7 +992,7 @@ def ask_guide():
     for photo in FIRST:
         yield "regularised", job("regularised", photo, "noise 25", model="own")
         yield "no model", job("regularised", photo, "noise 25", weight=0.0)
-    yield from changes("regularised", REGULARISED, task="noise 25", size=48, model="own", steps=4000)
+    yield from changes("regularised", REGULARISED, **SMALL, model="own", steps=4000)
     table = {f"{row}, 600 updates": change for row, change in OTHERS.items()}
     yield from changes("regularised", table, **SMALL, model="own", steps=600)
 
@@ -1003,10 +1002,10 @@ def ask_final():
     for at in over(photo=TEST, task=FIVE):
         rows = list(arms(model="own", **at))
         yield from rows
-        # a method of your own comes in by itself; these have questions of their own
-        known = {each.method for _, each in rows} | {"held-out", "sure", "refit", "regularised", "diffusion-pair"}
+        # a method of your own comes in by itself; those left out have questions of their own
+        known = {each.method for _, each in rows} | {"held-out", "sure", "refit", "regularised"}
         yield from ((name, job(name, model="own", **at)) for name, method in METHODS.items()
-                    if name not in known | {"ridge-pair"} and method.noise in (None, at["task"] in NOISY))
+                    if name not in known and method.noise in (None, at["task"] in NOISY))
 
 
 # The cells that carry a claim, chosen on development cats
@@ -1023,16 +1022,19 @@ def cells(flock: tuple) -> dict:
             found[f"{task}, {shift}, {('1/8', 'all')[k // 4]}"] = {
                 "photo": flock if task in NOISY else flock[:20], "task": task, "shift": SHIFTS[shift],
                 "model": CATS[k]}
-    for task, (domain, names) in itertools.product(("noise 25", "80 % missing"), {
-            "robots": tuple(f"robot {k}" for k in range(20)), "photographs": TEST}.items()):
-        found[f"{task}, {domain}, all"] = {"photo": names, "task": task, "model": CATS[-1]}
+    for task in ("noise 25", "80 % missing"):
+        at = {"task": task, "model": CATS[-1]}
+        found[f"{task}, robots, all"] = at | {"photo": tuple(f"robot {k}" for k in range(20))}
+        found[f"{task}, photographs, all"] = at | {"photo": TEST}
     return found
 
 
 def ask_ladder():
     """Can the gain of a combination be predicted? The cats' model, shifted step by step."""
     for name, at in cells(FLOCK).items():
-        yield from ((f"{row} @ {name}", each) for row, each in arms(size=32, **at))
+        # second chains cost as much as all the rest
+        yield from ((f"{row} @ {name}", each) for row, each in arms(size=32, **at)
+                    if name.endswith("all") or row not in ("restarted", "from the combination"))
 
 
 QUESTIONS = {"ddpm": ask_ddpm, "dip": ask_dip, "stop": ask_stop, "enter": ask_enter, "train": ask_train,
@@ -1052,16 +1054,13 @@ def quickly(job: Job) -> Job:
 
 
 def rows_of(scale: str) -> dict:
-    """Question → [(row, job)]; the quick scale has one photo, one seed and few cells of the ladder."""
+    """Question → [(row, job)]; the quick scale has one photo of each group and one seed."""
     found = {question: list(ask()) for question, ask in QUESTIONS.items()}
     if scale == "full":
         return found
-    for question, rows in found.items():
-        rows = [(row, job) for row, job in rows if job.photos[0] not in TEST[1:] + DEVELOPMENT[1:]]
-        rows = [(row, job) for row, job in rows if job.seed != 1 or not job.task]
-        found[question] = [(row, quickly(job)) for row, job in rows
-                           if " @ " not in row or "hue 0, all" in row or row.partition(" @ ")[2] in NAMED]
-    return found
+    left_out = ONE[1:] + TWO[1:] + DEVELOPMENT[1:]
+    return {question: [(row, quickly(job)) for row, job in rows if job.photos[0] not in left_out
+                       and (job.seed != 1 or not job.task)] for question, rows in found.items()}
 
 
 # --------------------------------------------------------------------------------------- records and queries
@@ -1085,26 +1084,32 @@ class Number(namedtuple("Number", "mean low high n wins values photos")):
 
     @property
     def p(self) -> float:
-        """Two-sided p of the mean under random signs of the photographs' values: all of them up to sixteen,
-        beyond that 2¹⁶ drawn ones."""
-        signs = np.array(list(itertools.product((1, -1), repeat=self.n))) if self.n <= 16 else (
-            np.random.default_rng(0).choice((1, -1), (2 ** 16, self.n)))
-        return float(np.mean(abs(signs @ self.values) >= abs(sum(self.values)) - 1e-12))
+        """Two-sided p under random signs of the values: all signs up to sixteen values, else 2¹⁶ drawn ones."""
+        drawn, rng = self.n > 16, np.random.default_rng(0)
+        signs = rng.choice((1, -1), (2 ** 16, self.n)) if drawn else (
+            np.array(list(itertools.product((1, -1), repeat=self.n))))
+        as_far = abs(signs @ self.values) >= abs(sum(self.values)) - 1e-12
+        return float((as_far.sum() + drawn) / (len(signs) + drawn))
 
     def __format__(self, spec: str) -> str:
+        """A number's format, with the interval or (m.2f) without; k: how often above 0; p."""
         if spec in ("k", "p"):
             return f"{self.wins} of {self.n}" if spec == "k" else f"{self.p:.2g}"
-        mean, low, high = (f"{value:{spec or '.2f'}}" for value in self[:3])
-        return f"{mean} [{low}, {high}]" if self.n > 1 else mean
+        mean, low, high = (f"{value:{spec.lstrip('m') or '.2f'}}" for value in self[:3])
+        return mean if self.n == 1 or spec.startswith("m") else f"{mean} [{low}, {high}]"
 
 
 def holm(found: dict) -> dict:
     """Name → p corrected for the number of names (Holm 1979)."""
     corrected, least = {}, 0.0
     for k, name in enumerate(sorted(found, key=found.get)):
-        least = max(least, min(1.0, (len(found) - k) * found[name]))
-        corrected[name] = least
+        corrected[name] = least = max(least, min(1.0, (len(found) - k) * found[name]))
     return corrected
+
+
+RIVALS = ("classical", "DIP", "two DIPs", "three DIPs", "DIP pair", "diffusion", "restarted")
+# averages of two experts, one of them left out: they say what each is worth to the combination
+CONTROLS = ("without diffusion", "without DIP")
 
 
 class Query:
@@ -1147,85 +1152,67 @@ class Query:
         return Number(float(means.mean()), float(low), float(high), len(means), int((means > 0).sum()),
                       tuple(means.tolist()), tuple(photos))
 
-    def rival(self, question: str, **where) -> str:
-        """The best other row: of all but those that combine DIP with diffusion, the one of the best mean."""
-        present = {record["row"] for record in self.select(question, **where)} & set(RIVALS)
-        return max(sorted(present), key=lambda row: self("psnr", question, row=row, **where).mean)
+    def rival(self, question: str, rows: tuple = RIVALS + CONTROLS, **where) -> str:
+        """The best other row: the one of the best mean of those that do not combine DIP with diffusion."""
+        present = {record["row"] for record in self.select(question, **where)} & set(rows)
+        # where there is none, "" asks for a record that is not there
+        return max(sorted(present) or [""], key=lambda row: self("psnr", question, row=row, **where).mean)
 
-    def gain(self, question: str, row: str = "combination", **where) -> Number:
+    def gain(self, question: str, rows: tuple = RIVALS + CONTROLS, **where) -> Number:
         """The combination less the best other row."""
-        return self("psnr", question, row=row, minus={"row": self.rival(question, **where)}, **where)
+        other = {"row": self.rival(question, rows, **where)}
+        return self("psnr", question, row="combination", minus=other, **where)
 
     def table(self, question: str, columns: dict, rows: tuple = (), **where) -> str:
         """Columns: "psnr:.2f", less the row dip "psnr:.2f - dip", on how many photos "psnr:k - dip"."""
         def cell(column: str, row: str) -> str:
             value, spec, other = re.fullmatch(r"(.*?):(\S*)(?: - (.*))?", column).groups()
-            try:
-                return format(self(value, question, other and {"row": other}, **where, row=row), spec)
-            except KeyError:
-                return ""
+            return format(self(value, question, other and {"row": other}, **where, row=row), spec)
         rows = rows or tuple(dict.fromkeys(record["row"] for record in self.select(question, **where)))
-        return markdown({row: [cell(column, row) for column in columns.values()] for row in rows}, columns)
+        return markdown(columns, {row: row for row in rows}, cell)
+
+    def across(self, question: str, lines: dict, columns: dict) -> str:
+        """A line for every name → conditions. Columns: "psnr:m.2f of dip", "gain:.2f", "gain alone:.2f"."""
+        def cell(column: str, where: dict) -> str:
+            value, spec, row = re.fullmatch(r"(.*?):(\S*)(?: of (.*))?", column).groups()
+            if row:
+                return format(self(value, question, row=row, **where), spec)
+            rows = RIVALS if "alone" in value else RIVALS + CONTROLS
+            return format(self.gain(question, rows, **where), spec) if value.startswith("gain") else (
+                self.rival(question, rows, **where))
+        return markdown(columns, lines, cell)
 
 
-RIVALS = ("classical", "DIP", "two DIPs", "three DIPs", "DIP pair", "diffusion", "without diffusion",
-          "without DIP", "restarted")
-
-
-def markdown(lines: dict, titles) -> str:
-    rows = [["", *titles], ["---"] + ["---:"] * len(titles), *([name, *line] for name, line in lines.items())]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
-
-
-def headline(q: Query) -> str:
-    """Five tasks × the rows of a comparison, and the combination less the best other one."""
-    titles = ("classical", "DIP", "two DIPs", "three DIPs", "DIP pair", "diffusion", "combination")
-    lines = {}
-    for task in FIVE:
-        at, lines[task] = {"task": task, "photo": TEST}, []
-        for row in titles:
-            known = q.select("final", row=row, **at)
-            lines[task].append(f"{q('psnr', 'final', row=row, **at).mean:.2f}" if known else "")
-        gain, two = q.gain("final", **at), q("psnr", "final", row="combination", task=task, photo=TWO,
-                                             minus={"row": q.rival("final", **at)})
-        lines[task] += [f"{gain:+.2f} ({q.rival('final', **at)})", f"{gain:k}", f"{gain:p}", f"{two:+.2f}"]
-    return markdown(lines, (*titles, "− best other", "better on", "p", "group two alone"))
+def markdown(columns: dict, lines: dict, cell: Callable) -> str:
+    """A table; a cell for which there is no record stays empty."""
+    def filled(*what) -> str:
+        try:
+            return cell(*what)
+        except KeyError:
+            return ""
+    rows = [["", *columns], ["---"] + ["---:"] * len(columns)]
+    rows += [[name, *(filled(column, line) for column in columns.values())] for name, line in lines.items()]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def laws(q: Query) -> dict:
-    """Cell of the ladder → DIP, diffusion, the better of both, predicted and measured gain, ρ, and more."""
+    """Cell → gain over the better of DIP and diffusion, predicted, measured; ρ; diffusion − DIP; q.gain."""
     found = {}
     for cell in dict.fromkeys(record["cell"] for record in q.records["ladder"]):
-        at = {"question": "ladder", "cell": cell}
-        prior = "DIP pair" if q.select(**at, row="DIP pair") else "two DIPs"
-        dips, model, both, law, rho = (q(value, **at, row=row).mean for value, row in (
-            ("psnr", prior), ("psnr", "diffusion"), ("psnr", "DIP and diffusion"),
-            ("law", "DIP and diffusion"), ("rho", "DIP and diffusion")))
-        found[cell] = {"dip": dips, "model": model, "both": both, "law": law, "rho": rho,
-                       "predicted": law - max(dips, model), "measured": both - max(dips, model),
-                       "combination": q("psnr", **at, row="combination").mean, "gain": q.gain(**at),
-                       "rival": q.rival(**at), "loss": q("best_expert - psnr", **at, row="combination")}
-    corrected = holm({cell: found[cell]["gain"].p for cell in NAMED if cell in found})
-    for cell, p in corrected.items():
-        found[cell]["p"] = p
+        rows = {record["row"] for record in q.select("ladder", cell=cell)}
+        dips, model, both, law, rho = (q(value, "ladder", cell=cell, row=row).mean for value, row in (
+            ("psnr", "DIP pair" if "DIP pair" in rows else "two DIPs"), ("psnr", "diffusion"),
+            ("psnr", "DIP and diffusion"), ("law", "DIP and diffusion"), ("rho", "DIP and diffusion")))
+        better = max(dips, model)
+        found[cell] = law - better, both - better, rho, model - dips, q.gain("ladder", cell=cell).mean
     return found
-
-
-def ladder_table(q: Query, wanted: str = "") -> str:
-    """The cells of the ladder whose names have `wanted` in them."""
-    titles = ("DIP", "diffusion", "both", "law", "ρ", "combination", "− best other", "better on", "p (Holm)")
-    return markdown({cell: [*(f"{at[name]:.2f}" for name in ("dip", "model", "both", "law", "rho",
-                                                            "combination")),
-                            f"{at['gain']:+.2f} ({at['rival']})", f"{at['gain']:k}",
-                            f"{at['p']:.2g}" if "p" in at else ""]
-                     for cell, at in laws(q).items() if wanted in cell}, titles)
 
 
 def render(template: str, q: Query, check_claims: bool = True) -> str:
     """Fill the holes <<expression:format>>, check the claims <!-- claim: … -->; Refusal where one fails."""
     known = {f.__name__: f for f in (abs, min, max, all, any, len)} | {"TEST": TEST, "DEV": DEVELOPMENT}
-    known |= {"q": q, "headline": headline, "laws": laws, "ladder_table": ladder_table, "NAMED": NAMED,
-              "ONE": ONE, "TWO": TWO, "FIVE": FIVE, "__builtins__": {}}
+    known |= {"q": q, "laws": laws, "holm": holm, "NAMED": NAMED, "CELLS": tuple(cells(FLOCK)), "FIVE": FIVE}
+    known |= {"ONE": ONE, "TWO": TWO, "RIVALS": RIVALS, "interp": np.interp, "__builtins__": {}}
 
     def evaluate(expression: str, finish: Callable):
         try:
@@ -1299,15 +1286,14 @@ def plot_law(rows: dict):
     figure = Figure(layout="constrained", figsize=(9.2, 4.2))
     left, right = figure.subplots(1, 2)
     for noisy, marker, label in ((True, "o", "with noise"), (False, "^", "without noise")):
-        at = [cell for name, cell in found.items() if name.startswith("noise") == noisy]
-        settings = {"c": [cell["rho"] for cell in at], "vmin": 0.2, "vmax": 1, "marker": marker, "s": 28}
-        drawn = left.scatter([cell["predicted"] for cell in at], [cell["measured"] for cell in at], **settings,
-                             label=label)
-        right.scatter([cell["model"] - cell["dip"] for cell in at], [cell["gain"].mean for cell in at],
-                      **settings)
+        points = [cell for name, cell in found.items() if name.startswith("noise") == noisy]
+        predicted, measured, rho, ahead, gain = zip(*points)
+        style = {"c": rho, "vmin": 0.2, "vmax": 1, "marker": marker, "s": 28}
+        left.scatter(predicted, measured, label=label, **style)
+        drawn = right.scatter(ahead, gain, **style)
     left.axline((0, 0), slope=1, color="grey", lw=0.8)
-    left.legend(fontsize=8)
     right.axhline(0, color="grey", lw=0.8)
+    left.legend(fontsize=8)
     left.set(xlabel="predicted gain over the better of DIP and diffusion, dB", ylabel="measured gain, dB")
     right.set(xlabel="diffusion − DIP, dB", ylabel="combination − best other row, dB")
     figure.colorbar(drawn, ax=right, label="ρ of the two errors")
@@ -1374,7 +1360,7 @@ def make_figures(scale: str = "full") -> None:
         write(OUT[scale] / f"{name}.png", lambda path: figure.savefig(path, metadata={"Software": None}))
 
 
-FORMATS = {"psnr": 2, "ssim": 3, "gap": 3, "last": 2, "seconds": 1, "updates": 0, "evaluations": 0,
+FORMATS = {"psnr": 2, "ssim": 3, "law": 2, "rho": 2, "gap": 3, "last": 2, "seconds": 1, "updates": 0, "evaluations": 0,
            "diversity": 4, "target_psnr": 2, "fidelity": 3, "frechet": 2, "least": 2, "unseen": 2}
 
 
@@ -1386,8 +1372,9 @@ def make_report(scale: str = "full") -> None:
     parts = ["# Every row in full", "Means over photographs [95 % intervals]; written by `make report`."]
     for question, ask in QUESTIONS.items():
         parts.append(f"## {question}: {ask.__doc__}")
-        for task in dict.fromkeys(record["task"] for record in q.records[question]):
-            parts += [f"### {task or 'pictures from noise'}", q.table(question, columns, task=task)]
+        for task, cell in dict.fromkeys((record["task"], record["cell"]) for record in q.records[question]):
+            parts.append(f"### {cell or task or 'pictures from noise'}")
+            parts.append(q.table(question, columns, task=task, cell=cell))
     write(OUT[scale] / "TABLES.md", "\n\n".join(parts) + "\n")
 
 
@@ -1441,8 +1428,7 @@ def users_problem(image: str, task: str, sigma: str, mask: str, factor: str) -> 
     check(mask, "inpaint needs MASK=…, an image of the same size that is white where pixels are known")
     known = (read_image(mask).mean(1, keepdim=True) > 0.5).float().to(DEVICE)
     check(known.shape[-2:] == y.shape[-2:], "the mask and the photo differ in size: make them equal")
-    check(known.mean() < 1, "the mask is all white, nothing is missing: paint what is missing black")
-    check(known.mean() > 0, "the mask is all black, nothing is known: paint what is known white")
+    check(0 < known.mean() < 1, "the mask is all white or all black: paint what is missing black, the rest white")
     return dip.Problem(y * known, dip.mask(known))
 
 
@@ -1460,7 +1446,7 @@ def users_model(images: str, steps: int) -> Job:
     check(Path(images).is_dir() and images_in(images), f"no images in a folder {images}: give IMAGES=folder")
     check(training_photos(images), f"no image in {images} has sides of at least 64 pixels: add larger ones")
     stamp = sha([(path.name, path.stat().st_size) for path in images_in(images)])
-    return chain(str(Path(images).resolve()), steps or 1250, stamp=stamp)[-1]
+    return chain(str(Path(images).resolve()), steps or 5000, stamp=stamp)[-1]
 
 
 def train_on(images: str = "", out: str = "", train_steps: int = 0) -> None:
@@ -1483,7 +1469,7 @@ def restore(image="", task="", method="dip", sigma="", mask="", factor="", out="
     target = users_target(out, Path(image).with_name(f"{Path(image).stem}-restored.png"))
     count = int(number(samples or "1", "SAMPLES", 1, 64))
     problem = problem._replace(y=problem.y.repeat_interleave(count, 0))
-    settings = {"steps": steps} if steps else {}
+    settings = ({"steps": steps} if steps else {}) | ({"samples": 1} if count > 1 else {})
     found = for_user(method, problem, settings, lambda: users_model(images, train_steps))
     mean, before = found.image.mean(0, keepdim=True), problem.operator.pinv(problem.y[:1])
     written = {"": mean, "-before-after": torch.cat([before, torch.ones_like(mean[..., :8]), mean], -1)}

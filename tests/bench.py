@@ -30,7 +30,7 @@ def training(data):
 
 
 work = {"matrix product 1024": lambda: MATRIX @ MATRIX, "SSIM 512×512 colour": lambda: metrics.ssim(*PAIR)}
-work |= {f"U-Net training step, {data}": training(data) for data in ("cats", "photos")}
+work |= {f"U-Net training step, {data}": training(data) for data in ("cats", E.GROUPS[0])}
 for side, n in ((32, 1), (32, 16), (64, 1), (64, 2), (96, 1), (96, 2)):
     work[f"DIP update {side}×{side}, {n} as one"] = hourglass(side, n)
 original = hourglass(128, widths=(128,) * 5, upsample="bilinear", padding="reflect")

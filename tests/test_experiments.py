@@ -281,7 +281,11 @@ def test_the_best_other_row_is_never_a_combination_of_both():
             record("DIP and diffusion", "p", 24.0), record("combination", "p", 23.5)]
     q = E.Query({"a": rows})
     assert q.rival("a") == "without DIP" and q.gain("a").mean == 1.5
-    assert q.gain("a", row="DIP and diffusion").mean == 2
+    assert q.rival("a", E.RIVALS) == "diffusion" and q.gain("a", E.RIVALS).mean == 2.5
+    columns = {"DIP": "psnr:m.1f of DIP", "none": "psnr:m.1f of three DIPs", "− best": "gain:.2f",
+               "− alone": "gain alone:.2f", "k": "gain alone:k", "which": "rival alone:"}
+    lines = q.across("a", {"p": {"photo": "p"}, "q": {"photo": "q"}}, columns).split("\n")
+    assert lines[2] == "| p | 20.0 |  | 1.50 | 2.50 | 1 of 1 | diffusion |"
 
 
 def test_the_law_in_a_record_is_the_best_average_there_is():

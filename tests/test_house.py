@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PURE = ("metrics", "ddpm", "dip", "hybrid")
 ALL = (*PURE, "experiments")
 MAY_IMPORT = {"hybrid": {"ddpm", "dip"}, "experiments": set(ALL)}
-BUDGET = {"metrics": 100, "ddpm": 350, "dip": 300, "hybrid": 420, "experiments": 1000}
+BUDGET = {"metrics": 100, "ddpm": 350, "dip": 300, "hybrid": 420, "experiments": 1200}
 RANDOM = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "rand_like"}
 
 
@@ -68,7 +68,7 @@ def test_sizes():
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 50, node.name
     tests = sorted((ROOT / "tests").glob("*.py"))
-    assert sum(len(lines(path)) for path in tests) <= 1500
+    assert sum(len(lines(path)) for path in tests) <= 1800
     for path in [*tests, *(ROOT / f"{name}.py" for name in ALL)]:
         wide = [line for line in lines(path) if len(line) > 110]
         assert not wide, (path.name, wide)
