@@ -1120,12 +1120,15 @@ class Query:
     """
 
     def __init__(self, records: dict[str, list]):
-        self.records = records
+        self.records, self.cells = records, {}
+        for question, record in ((question, record) for question in records for record in records[question]):
+            self.cells.setdefault((question, record.get("cell")), []).append(record)
 
     def select(self, question: str, **where) -> list[dict]:
         wanted = {name: value if isinstance(value, tuple) else (value,) for name, value in where.items()}
-        return [record for record in self.records[question]
-                if all(record.get(name) in values for name, values in wanted.items())]
+        found = self.cells.get((question, where["cell"]), []) if "cell" in where else self.records[question]
+        return [record for record in found if all(
+            record.get(name) in values for name, values in wanted.items())]
 
     def values(self, value: str, question: str, where: dict) -> dict:
         """(photo, task, seed) → the value, of all records that have it."""
@@ -1195,6 +1198,7 @@ def markdown(columns: dict, lines: dict, cell: Callable) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+@functools.cache
 def laws(q: Query) -> dict:
     """Cell → gain over the better of DIP and diffusion, predicted, measured; ρ; diffusion − DIP; q.gain."""
     found = {}
@@ -1210,7 +1214,7 @@ def laws(q: Query) -> dict:
 
 def render(template: str, q: Query, check_claims: bool = True) -> str:
     """Fill the holes <<expression:format>>, check the claims <!-- claim: … -->; Refusal where one fails."""
-    known = {f.__name__: f for f in (abs, min, max, all, any, len)} | {"TEST": TEST, "DEV": DEVELOPMENT}
+    known = {f.__name__: f for f in (abs, min, max, all, any, len, sum)} | {"TEST": TEST, "DEV": DEVELOPMENT}
     known |= {"q": q, "laws": laws, "holm": holm, "NAMED": NAMED, "CELLS": tuple(cells(FLOCK)), "FIVE": FIVE}
     known |= {"ONE": ONE, "TWO": TWO, "RIVALS": RIVALS, "interp": np.interp, "__builtins__": {}}
 
