@@ -364,19 +364,19 @@ def follow(problem: Problem, steps: Iterator[Step], rules: dict[str, list], *, w
 
 
 def deep_image_prior(problem: Problem, fresh: Callable, generator: torch.Generator, *, steps: int = 0,
-                     unseen: Optional[Tensor] = None, rules: Optional[dict[str, Callable]] = None,
+                     hidden: Optional[Tensor] = None, rules: Optional[dict[str, Callable]] = None,
                      watch: bool = False, **options) -> Iterator[Restoration]:
     """Plain DIP; `options` go to `fit`.
 
     With noise Morozov's principle stops it, within `steps` (default 2000) updates. Without noise it takes
     `steps` updates, by default 25 √side: twice as many were no better on development pictures of 32 and 96
-    pixels. rules: name → (problem → rule), instead of these. unseen: 1 for measurements that the fit is not
+    pixels. rules: name → (problem → rule), instead of these. hidden: 1 for measurements that the fit is not
     to see (default: it sees all).
     """
     height, width = problem.shape[-2:]
     steps = steps or (2000 if problem.sigma else round(25 * (height * width) ** 0.25))
     own = (lambda p: Discrepancy(p.sigma)) if problem.sigma else (lambda p: FixedBudget(steps))
     watching = {name: [make(p) for p in problem.each()] for name, make in (rules or {"": own}).items()}
-    seen = problem if unseen is None else problem.without(unseen)
+    seen = problem if hidden is None else problem.without(hidden)
     fitted = fit(seen.y, seen.operator.A, *fresh(problem, generator), steps, generator, **options)
     yield from follow(problem, fitted, watching, watch=watch)

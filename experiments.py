@@ -138,7 +138,7 @@ def draw_cats(generator: torch.Generator, n: int, everything: bool = False) -> T
 
 @functools.cache
 def robots(n: int = 32, size: int = 32) -> Tensor:
-    """(n, 3, size, size): robots of Zikri Kader (robohash, CC-BY 3.0), over white; no model learns from them."""
+    """(n, 3, size, size): robots of Zikri Kader (robohash, CC-BY 3.0), over white; no model knows them."""
     root, images = Path(importlib.util.find_spec("robohash").origin).parent / "sets" / "set1", []
     generator, colours = seeded("robots"), sorted(folder for folder in root.iterdir() if folder.is_dir())
     for k in range(n):
@@ -365,7 +365,7 @@ METHODS = {
     "pair": Method(hybrid.antithetic_pair, "an antithetic pair of DIPs, stopped by its risk estimate", True),
     "diffusion": Method(hybrid.diffusion, "the diffusion model alone"),
     "diffusion-pair": Method(hybrid.diffusion_pair, "the diffusion model on an antithetic pair", True),
-    "weighted": Method(hybrid.weighted, "DIP, diffusion and NL-Ridge, weighted by their estimated risks", True,
+    "weighted": Method(hybrid.weighted, "DIP, diffusion and NL-Ridge, weighted by estimated risks", True,
                        experts=(("pair", {}), ("diffusion-pair", {}), ("ridge-pair", {}))),
     "stacked": Method(hybrid.stacked, "interpolation, DIP and diffusion, weighted by measurements kept back",
                       False, experts=MISSING + tuple((name, {"blind": True}) for name, _ in MISSING)),
@@ -506,7 +506,7 @@ class Job:
 
 
 def best_form(method: str, task: str, size: int) -> dict:
-    """Settings that were best on development pictures where those of the methods, for photographs, are not."""
+    """Settings that were best on development pictures, where they are not those of the methods."""
     cats, noisy = size == 32, task in NOISY
     if method == "dip" and noisy and cats:
         return {"rules": ("discrepancy, τ = 0.7",)}
@@ -1015,7 +1015,7 @@ SHIFTS = {"hue 0": 0, "hue 30": 30, "hue 60": 60, "hue 180": 180, "upside down":
 
 
 def cells(flock: tuple) -> dict:
-    """Name → the settings of its arms: task × shift of the model × share of its training, and other domains."""
+    """Name → the settings of its arms: task × shift of the model × share of its training; other domains."""
     found = {}
     for task, shift, k in itertools.product(FIVE, SHIFTS, (1, 4)):
         if task in NOISY + HIDDEN[1:2] or shift in ("hue 0", "hue 180", "upside down"):
@@ -1084,7 +1084,7 @@ class Number(namedtuple("Number", "mean low high n wins values photos")):
 
     @property
     def p(self) -> float:
-        """Two-sided p under random signs of the values: all signs up to sixteen values, else 2¹⁶ drawn ones."""
+        """Two-sided p under random signs of the values: all up to sixteen values, else 2¹⁶ drawn ones."""
         drawn, rng = self.n > 16, np.random.default_rng(0)
         signs = rng.choice((1, -1), (2 ** 16, self.n)) if drawn else (
             np.array(list(itertools.product((1, -1), repeat=self.n))))
@@ -1275,7 +1275,8 @@ def plot_answer(rows: dict):
     for task in FIVE:
         gain = q.gain("final", task=task)
         photo = sorted(zip(gain.values, gain.photos))[(gain.n - 1) // 2][1]
-        found = {row: job.result() for row, job in rows["final"] if (job.task, job.photos[0]) == (task, photo)}
+        found = {row: each.result() for row, each in rows["final"]
+                 if (each.task, each.photos) == (task, (photo,))}
         shown = {"": found["DIP"]["images"]["measured"][0]}
         shown |= {row: found[row]["images"][""][0] for row in ("DIP", "diffusion", "combination")}
         titles = {row: f"{row}\n{found[row]['records'][0]['psnr']:.2f} dB" for row in shown if row}
@@ -1364,8 +1365,9 @@ def make_figures(scale: str = "full") -> None:
         write(OUT[scale] / f"{name}.png", lambda path: figure.savefig(path, metadata={"Software": None}))
 
 
-FORMATS = {"psnr": 2, "ssim": 3, "law": 2, "rho": 2, "gap": 3, "last": 2, "seconds": 1, "updates": 0, "evaluations": 0,
-           "diversity": 4, "target_psnr": 2, "fidelity": 3, "frechet": 2, "least": 2, "unseen": 2}
+FORMATS = {"psnr": 2, "ssim": 3, "law": 2, "rho": 2, "gap": 3, "last": 2, "seconds": 1, "updates": 0,
+           "evaluations": 0, "diversity": 4, "target_psnr": 2, "fidelity": 3, "frechet": 2, "least": 2,
+           "unseen": 2}
 
 
 def make_report(scale: str = "full") -> None:
@@ -1432,7 +1434,7 @@ def users_problem(image: str, task: str, sigma: str, mask: str, factor: str) -> 
     check(mask, "inpaint needs MASK=…, an image of the same size that is white where pixels are known")
     known = (read_image(mask).mean(1, keepdim=True) > 0.5).float().to(DEVICE)
     check(known.shape[-2:] == y.shape[-2:], "the mask and the photo differ in size: make them equal")
-    check(0 < known.mean() < 1, "the mask is all white or all black: paint what is missing black, the rest white")
+    check(0 < known.mean() < 1, "the mask is all white or all black: paint what is missing black, else white")
     return dip.Problem(y * known, dip.mask(known))
 
 

@@ -202,7 +202,7 @@ def moments(images: Sequence[Tensor], risks: Sequence[float]) -> Tensor:
 
 
 def least_on_simplex(C: Tensor) -> tuple[Tensor, float]:
-    """The (K,) weights, not negative and of sum 1, of the average with the least error wᵀ C w, and that error.
+    """The (K,) weights, not negative, of sum 1, of the average with the least error wᵀ C w, and that error.
 
     It lies inside one of the simplex's faces, where C w is constant; all faces are tried.
     """
@@ -315,7 +315,7 @@ def held_out(problem: Problem, fresh: Callable, generator: torch.Generator, *, s
     """DIP, stopped by a twentieth of the measurements that it does not see: needs neither σ nor the truth."""
     unseen = scattered(problem, generator)
     rules = {"": lambda p: dip.HeldOut(p, unseen)}
-    yield from dip.deep_image_prior(problem, fresh, generator, steps=steps, unseen=unseen, rules=rules,
+    yield from dip.deep_image_prior(problem, fresh, generator, steps=steps, hidden=unseen, rules=rules,
                                     **options)
 
 

@@ -72,7 +72,8 @@ def test_robots_and_photographs_are_drawn_by_name():
     robots, again = E.robots(), E.pictures(("robot 3", "coffee"), 32)
     assert robots.shape == (32, 3, 32, 32) and torch.equal(again[:1], robots[3:4])
     assert torch.equal(again[1:], E.square("coffee", 32))
-    assert len({tuple(image.flatten().tolist()) for image in robots}) == 32 and (robots[:, :, 0, 0] == 1).all()
+    assert len({tuple(image.flatten().tolist()) for image in robots}) == 32
+    assert (robots[:, :, 0, 0] == 1).all()
 
 
 def test_two_numbers_of_training_pictures():
@@ -426,7 +427,8 @@ def test_refusals_are_one_sentence(tmp_path):
         ("be read", {"image": str(tmp_path / "cut.png")}), ("be read", {"image": str(tmp_path)}),
         ("not numbers", {"image": str(tmp_path / "nan.tiff")}), ("resize it", {"image": small}),
         ("needs IMAGE", {"image": ""}), ("needs IMAGE", {"task": "sharpen"}), ("no noise", {"image": flat}),
-        ("choose interpolation", {"task": "superres", "method": "pair"}), ("choose ridge", {"method": "magic"}),
+        ("choose interpolation", {"task": "superres", "method": "pair"}),
+        ("choose ridge", {"method": "magic"}),
         ("SAMPLES=0", {"samples": "0"}), ("SIGMA=loud", {"sigma": "loud"}), ("SIGMA=nan", {"sigma": "nan"}),
         ("SIGMA=300", {"sigma": "300"}), ("FACTOR=1", {"task": "superres", "factor": "1"}),
         ("needs MASK", {"task": "inpaint"}), ("all white", {"task": "inpaint", "mask": white}),

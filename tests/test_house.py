@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PURE = ("metrics", "ddpm", "dip", "hybrid")
 ALL = (*PURE, "experiments")
 MAY_IMPORT = {"hybrid": {"ddpm", "dip"}, "experiments": set(ALL)}
-BUDGET = {"metrics": 100, "ddpm": 350, "dip": 300, "hybrid": 420, "experiments": 1243}
+BUDGET = {"metrics": 100, "ddpm": 350, "dip": 300, "hybrid": 420, "experiments": 1245}
 RANDOM = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "rand_like"}
 
 
@@ -173,12 +173,22 @@ def test_restore_gives_the_picture_of_the_record(tiny, tmp_path, monkeypatch, me
 def test_blind_experts_do_not_see_what_judges_them(tiny, monkeypatch, name, task):
     """Other values where they are blind: the same picture, bit for bit; all experts are blind to the same."""
     job, exact = E.quickly(E.job(name, "coffee", task, size=48, model=tiny, blind=True)), E.measured
-    first = E.restoration(job)["image"]
+    first = made(job)["image"]
     problem = exact(E.square("coffee", 48).to(E.DEVICE), task, "coffee", 0)
     hidden = E.unseen_of(problem)
     monkeypatch.setattr(E, "measured", lambda *_: problem._replace(y=problem.y + 0.3 * hidden))
     monkeypatch.setattr(E, "unseen_of", lambda problem: hidden)
     assert torch.equal(E.restoration(job)["image"], first) and 0 < hidden.mean() < 0.3
+
+
+def test_every_tool_reaches_only_the_methods_that_mean_it():
+    """A method gets what it names; so a setting must not have the name of a tool."""
+    meant = {"unseen": {"stacked"}, "experts": {"two-dips", "three-dips", "weighted", "stacked", "diffusion"},
+             "interpolate": {"interpolation", "diffusion"},
+             "model": {"diffusion", "diffusion-pair", "refit", "regularised"},
+             "fresh": {"dip", "held-out", "sure", "pair", "refit", "regularised"}}
+    for tool, wanted in meant.items():
+        assert {name for name in E.METHODS if tool in E.names(name)} == wanted, tool
 
 
 def test_a_new_method_shows_up_everywhere(tiny, tmp_path, monkeypatch):
@@ -209,5 +219,5 @@ def test_pictures_of_a_group_are_fitted_as_one_and_scored_each(tiny):
     assert result["records"][1]["psnr"] == pytest.approx(psnr, abs=1e-4)
     job = E.job("diffusion", "coffee", "hole", size=48, model=tiny, samples=2)
     sampled = made(E.quickly(job))["records"]
-    # two chains of twenty steps
-    assert len(sampled) == 1 and sampled[0]["diversity"] > 0 and sampled[0]["evaluations"] == 40
+    # two chains of two steps
+    assert len(sampled) == 1 and sampled[0]["diversity"] > 0 and sampled[0]["evaluations"] == 4
