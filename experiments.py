@@ -1049,6 +1049,9 @@ def quickly(job: Job) -> Job:
     small = {name: QUICK[name] for name in takes} | small
     if job.method == "train":
         small["steps"] = math.isqrt(given["steps"])
+    if job.method == "sample" and job.experts[1:]:
+        # as many as the second expert restores
+        small["n"] = 4
     return replace(job, photos=job.photos[:4], model=job.model and quickly(job.model),
                    settings=tuple(sorted(small.items())), experts=tuple(map(quickly, job.experts)))
 
