@@ -5,15 +5,15 @@ network.
 
 Notation (papers: DDPM = Ho et al. 2020, DDIM = Song et al. 2021)
     t = 1 … T     step; t = 0 is the clean image, t = T is (almost) pure noise
-    beta[t]       variance added by step t;   alpha[t] = 1 − beta[t]
+    beta[t]       variance added by one step, x_t = √alpha[t] x_{t−1} + √beta[t] · noise; alpha = 1 − beta
     alpha_bar[t]  product of alpha[1 … t];    alpha_bar[0] = 1
     x0, xt, eps   clean image, noisy image, the noise: xt = √ᾱ_t x0 + √(1−ᾱ_t) eps
     x0_hat        the current guess of x0
     denoise       a function (xt, t) → x0_hat; a trained network, or in the tests an exact posterior mean
 
 Images are float tensors (B, C, H, W). Outside this file they live in [0, 1]; the diffusion works in [−1,
-1], and `to_diffusion`, `to_image` and `step_of` are the only places that know it. Every random number
-comes from the `torch.Generator` that the caller passes.
+1]; `to_diffusion`, `to_image` and the half in `noise_level` convert. Every random number but the initial
+weights comes from the `torch.Generator` that the caller passes.
 """
 import copy
 import math
@@ -62,8 +62,8 @@ def from_curve(alpha_bar: Tensor) -> Schedule:
 
 
 def linear(T: int = 1000) -> Schedule:
-    """β from 1e-4 to 0.02 in 1000 equal increments (DDPM, Section 4); another T reads the same ᾱ curve at
-    T points.
+    """β from 1e-4 to 0.02, 1000 equally spaced values (DDPM, Section 4); another T reads the same curve of
+    log ᾱ at T + 1 points.
     """
     log_alpha = torch.cat([torch.zeros(1, dtype=torch.float64),
                            torch.log1p(-torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))])
@@ -162,7 +162,7 @@ v_head = Head(target=v_target, x0=x0_of_v)
 def denoiser(net: nn.Module, s: Schedule, head: Head) -> Callable[[Tensor, int], Tensor]:
     """The network as a function (xt, t) → x0_hat, clipped to the range of images.
 
-    It has a gradient only where xt asks for one, never in the network's weights."""
+    Differentiable in xt if xt requires a gradient (none where the clip acts)."""
     def denoise(xt: Tensor, t) -> Tensor:
         steps = torch.as_tensor(t, device=xt.device).expand(len(xt))
         with torch.set_grad_enabled(xt.requires_grad):
@@ -174,8 +174,8 @@ def denoise_photo(denoise: Callable, s: Schedule, y: Tensor, sigma: float, steps
     """Images y in [0, 1] with noise `sigma` → estimates, by `steps` evaluations of DDIM.
 
     y is, up to scale, a state of the forward process at the step whose noise level is sigma; DDIM starts
-    there. One evaluation is E[x0 | y] for a perfect model: no other estimate has a smaller mean squared
-    error.
+    there. One evaluation is E[x0 | y] for a perfect model, and no estimate has a smaller mean squared error.
+    Trained models are not perfect; on development photos four evaluations were better.
     """
     t = step_of(s, sigma)
     xt = at(s.alpha_bar.sqrt(), t, y) * to_diffusion(y)
@@ -191,14 +191,14 @@ def loss(net: nn.Module, s: Schedule, head: Head, x0: Tensor, t: Tensor, eps: Te
 
 
 def evenly(u: Tensor) -> Tensor:
-    """All steps alike, as in DDPM."""
+    """All steps equally often, as in DDPM: `place` maps numbers spread over [0, 1] to t / t_max."""
     return u
 
 
 def logit_normal(mean: float, std: float) -> Callable[[Tensor], Tensor]:
-    """Steps around the middle of the chain more often: t/T is the logistic function of a normal number.
+    """Steps around the middle of the chain more often: t / t_max is the logistic function of a normal number.
 
-    Esser et al. 2024, Section 3.1.
+    Esser et al. 2024, Section 3.1. ndtri turns a uniform number into a normal one.
     """
     return lambda u: torch.sigmoid(mean + std * torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)))
 
@@ -225,7 +225,7 @@ def windows(photos: list[Tensor], generator: torch.Generator, n: int = 8, size: 
 class TrainState(NamedTuple):
     """After a step: its number (from 1), its loss, the averaged network to use, and a function `checkpoint`.
 
-    `checkpoint()` is a copy of all that `train` needs to go on from here.
+    `checkpoint()` is a copy of all that `train` needs to go on. Use it, and `ema`, before the next step.
     """
     step: int
     loss: float
@@ -270,9 +270,10 @@ def train(net: nn.Module, s: Schedule, batch: Callable[[torch.Generator], Tensor
         value = loss(net, s, head, x0, t, eps)
         optimiser.zero_grad()
         value.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), clip)
-        optimiser.step()
-        update_ema(ema, net, min(ema_decay, (1 + step) / (10 + step)))
+        # An update that is not a number would spoil the weights for good: it is left out.
+        if nn.utils.clip_grad_norm_(net.parameters(), clip).isfinite():
+            optimiser.step()
+            update_ema(ema, net, min(ema_decay, (1 + step) / (10 + step)))
         yield TrainState(step, value.item(), ema, lambda: copy.deepcopy({
             "net": net.state_dict(), "ema": ema.state_dict(), "optimiser": optimiser.state_dict(),
             "generator": generator.get_state(), "step": step}))
@@ -297,7 +298,7 @@ class Sample(NamedTuple):
 
 def p_sample(denoise: Callable, s: Schedule, x: Tensor, generator: torch.Generator,
              t_start: Optional[int] = None, refine: Callable = lambda x0_hat, t: x0_hat) -> Iterator[Sample]:
-    """Ancestral sampling, DDPM Algorithm 2, from state x at step t_start (default T) down to 0.
+    """Ancestral sampling, DDPM Algorithm 2 with variance β̃_t, from x at step t_start (default T) down to 0.
 
     Algorithm 2 is written with eps; here the same mean is written with x0_hat: q(x_{t−1} | x_t, x0_hat).
     `refine(x0_hat, t) → x0_hat` is where measurements or another prior can correct the guess.
@@ -326,7 +327,7 @@ def ddim(denoise: Callable, s: Schedule, x: Tensor, steps: int, generator: torch
     for t, t_next in jumps(s.T if t_start is None else t_start, steps):
         x0_hat = refine(denoise(x, t), t)
         now, then = s.alpha_bar[t].item(), s.alpha_bar[t_next].item()
-        # Eq. 16
+        # DDIM, Eq. 16: η times the standard deviation of ancestral sampling
         std = eta * math.sqrt((1 - then) / (1 - now) * (1 - now / then))
         direction = math.sqrt(max(1 - then - std ** 2, 0)) * predict_eps(s, x, t, x0_hat)
         x = math.sqrt(then) * x0_hat + direction + (std * _noise(x, generator) if std else 0)
@@ -338,8 +339,8 @@ def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def shifted(denoise: Callable, shift) -> Callable[[Tensor, int], Tensor]:
-    """The model of a shifted distribution, D_R(x) = R⁻¹ D(R x): R turns images upside down ("flip") or
-    rotates their hues by `shift` degrees about the grey axis.
+    """The model of a shifted distribution, D_R(x) = R⁻¹ D(R x): R mirrors images top to bottom ("flip") or
+    rotates their hues by `shift` degrees about the grey axis. R is orthogonal, so white noise stays white.
     """
     if shift == "flip":
         return lambda xt, t: denoise(xt.flip(2), t).flip(2)
@@ -353,7 +354,8 @@ def shifted(denoise: Callable, shift) -> Callable[[Tensor, int], Tensor]:
 
 
 class Model(NamedTuple):
-    """A trained diffusion model: (xt, t) → x0_hat, its schedule, and its error v(t) as from `error_curve`."""
+    """A trained diffusion model: (xt, t) → x0_hat, its schedule, and v (T+1,), the mean squared error of
+    x0_hat at each step, as from `error_curve` (not the v of `v_head`)."""
     denoise: Callable[[Tensor, int], Tensor]
     schedule: Schedule
     v: Tensor
@@ -381,7 +383,10 @@ def error_curve(denoise: Callable, s: Schedule, x0: Tensor, ts: list[int],
 # --------------------------------------------------------------------------------------------------- network
 
 class ResBlock(nn.Module):
-    """norm → SiLU → conv → norm · (1 + scale(t)) + shift(t) → SiLU → conv, added to the input."""
+    """norm → SiLU → conv → norm · (1 + scale(t)) + shift(t) → SiLU → conv, added to the input.
+
+    (B, c_in, H, W), (B, c_time) → (B, c_out, H, W); channels are multiples of 8.
+    """
 
     def __init__(self, c_in: int, c_out: int, c_time: int):
         super().__init__()
@@ -389,7 +394,7 @@ class ResBlock(nn.Module):
         self.norm2, self.conv2 = nn.GroupNorm(8, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
         self.time = nn.Linear(c_time, 2 * c_out)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        # Each block starts as the identity, which keeps early training calm.
+        # Each block starts as its skip path, up to a constant: that keeps early training calm.
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ Notation
     y = A x + n   the measurement of the image x; n is noise of standard deviation sigma
     A, A⁺         a linear operator and its pseudo-inverse
     z, f_θ(z)     the network's input and its output, the current image
-    B, n          number of images of a problem, and of networks that are fitted together
-Images are float tensors (B, C, H, W) in [0, 1].
+    B, N          number of images of a problem, and of networks that are fitted together
+Images are float tensors (B, C, H, W) in [0, 1], measurements (B, C, h, w).
 """
 from collections import deque
 from typing import Callable, Iterator, NamedTuple, Optional, Sequence
@@ -64,7 +64,7 @@ class Problem(NamedTuple):
         return (measured[:, :1] > 0.5).float()
 
     def each(self) -> list["Problem"]:
-        """The B problems of one image."""
+        """B problems of one image each."""
         return [self._replace(y=y[None]) for y in self.y]
 
     def without(self, unseen: Tensor) -> "Problem":
@@ -73,7 +73,7 @@ class Problem(NamedTuple):
         return self._replace(y=self.y * seen, operator=self.operator._replace(A=lambda x: A(x) * seen))
 
     def consistent(self, x: Tensor) -> Tensor:
-        """x made to agree with the measurement, x + A⁺(y − A x); with noise, x itself."""
+        """x + A⁺(y − A x), which agrees with y; with noise x itself: noisy data must not be met exactly."""
         return x if self.sigma else x + self.operator.pinv(self.y - self.operator.A(x))
 
     def error_on(self, unseen: Tensor, x: Tensor) -> list[float]:
@@ -83,12 +83,11 @@ class Problem(NamedTuple):
 
 
 class Restoration(NamedTuple):
-    """What a method would deliver now. A *method* is a generator: method(problem, tools, **settings) →
-    Restorations.
+    """What a method would deliver now. A *method* is a generator function; its last word is the answer.
 
-    It yields after every update or step; its last word is the answer. Its tools are those that it names:
-    fresh (makes networks), generator (all random numbers), model, interpolate, experts (finished
-    Restorations).
+    Its positional arguments after `problem` are tools, passed by name: fresh(problem, generator, copies) →
+    networks and inputs, generator, model (ddpm.Model), interpolate(problem) → images, unseen(problem) → a
+    mask, experts (finished Restorations). Arguments by keyword only are settings. It yields after every step.
 
     image: (B, C, H, W). facts: name → a plain number, or a list of B numbers. now: the current image, where
     that is not the one to be delivered. others: what else could be delivered. target: what was fitted, where
@@ -171,14 +170,14 @@ def random_input(shape: tuple[int, int], generator: torch.Generator, channels: i
 # ---------------------------------------------------------------------------------------------- fitting loop
 
 class Step(NamedTuple):
-    """After an update: its number (from 1), the images it saw, their running averages, the misfits (n,)."""
+    """Update i (from 1): images (N, C, H, W) before the weights move, their running averages, misfits."""
     i: int
     image: Tensor
     average: Tensor
     misfit: Tensor
 
     def split(self, count: int) -> list["Step"]:
-        """The n networks shared out among `count` problems, in order."""
+        """The N networks shared out among `count` problems, in order."""
         parts = zip(*(tensor.chunk(count) for tensor in self[1:]))
         return [Step(self.i, *part) for part in parts]
 
@@ -189,15 +188,15 @@ def fit(y: Tensor, A: Callable[[Tensor], Tensor], net: nn.Module, z: Tensor, ste
         penalty: Optional[Callable[[Tensor, int], Tensor]] = None) -> Iterator[Step]:
     """min_θ Σ max(mean (A f_θ(z) − y)², floor) + penalty by Adam; yields after each of `steps` updates.
 
-    y: n targets for the n networks of `net`, which are changed in place. jitter: standard deviation of fresh
+    y: N targets for the N networks of `net`, which are changed in place. jitter: standard deviation of fresh
     noise on z. penalty(images, i): a further scalar in the loss. decay: of the running average of the
-    images, corrected for its short past as in Adam (Kingma & Ba 2015, Algorithm 1). floor: the misfit of the
-    truth, if known. Data met so well have no gradient any more (unless not `constrain`), and from then on all
-    images of that network count alike in its average.
+    images, corrected for its short past as in Adam (Kingma & Ba 2015, Algorithm 1). floor: the misfit that
+    the truth has, if known. While a network's misfit is below it, its data term has no gradient (constrain =
+    False keeps it). From the first such update on, all its images count alike in its average.
 
     collapse: Adam at this rate sometimes falls off a cliff. Where a misfit jumps to more than `collapse`
-    times its recent typical value, that network and its optimiser go back to their state of up to 50 steps
-    before.
+    times its recent typical value, that network and its optimiser go back to the last kept state. States
+    are kept every 50 updates, if no network has just fallen.
     """
     optimiser = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
     n, mean, typical, good = len(y), None, None, None
@@ -233,14 +232,14 @@ def fit(y: Tensor, A: Callable[[Tensor], Tensor], net: nn.Module, z: Tensor, ste
 
 
 def _state(net: nn.Module, optimiser: torch.optim.Adam) -> list[Tensor]:
-    """All that an update changes: the weights and Adam's two moments of each."""
+    """What a fallen network gets back: its weights and Adam's two moments of each."""
     moments = [optimiser.state[p][name] for p in net.parameters() for name in ("exp_avg", "exp_avg_sq")]
     return [p.data for p in net.parameters()] + moments
 
 
 # ------------------------------------------------------------------------------- rules that say when to stop
 # A rule reads the Steps of one problem: `rule(step)` returns True once it would stop, `rule.best` is the step
-# whose image it would deliver (0: none yet), `rule.facts` what it knows about that image. No rule sees more.
+# whose image it would deliver (0: none yet), `rule.facts`, if any, what it knows about it. No rule sees more.
 
 class FixedBudget:
     """Stop after n steps, whatever happens."""
@@ -257,8 +256,8 @@ class Discrepancy:
     """Morozov's principle: stop when the misfit has fallen to tau · sigma², the noise that should be left
     over.
 
-    The constant 1 suits single images. For the running average, tau = 0.92 was the best on development
-    photos.
+    The misfit is that of the single image, where tau = 1 is the principle. What is delivered is the running
+    average, which gains from a later stop: tau = 0.92 was the best on development photos.
     """
 
     def __init__(self, sigma: float, tau: float = 0.92):
@@ -270,7 +269,7 @@ class Discrepancy:
 
 
 class Valley:
-    """Remember the step with the least value; stop after `patience` steps without a new least one."""
+    """Remember the step with the least value; `record` is True after `patience` steps without a new one."""
 
     def __init__(self, patience: int):
         self.patience, self.best, self.least = patience, 0, float("inf")
@@ -342,6 +341,7 @@ def follow(problem: Problem, steps: Iterator[Step], rules: dict[str, list], *, w
 
     rules: name → a rule for each of the B problems; the first name is delivered, the rest go to `others`.
     Ends when the first has stopped everywhere; watch: goes on for the others and for whoever keeps score.
+    facts: step (whose image is delivered), stopped, updates (of all networks of a problem), and the rule's.
     """
     B, offers = len(problem.y), {}
     stops, images = ({name: [None] * B for name in rules} for _ in range(2))

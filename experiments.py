@@ -1,12 +1,17 @@
-"""Everything impure: data, jobs, records, figures, report, command line. Read it last.
+"""What is it worth? Everything impure: data, jobs, records, figures, report, command line. Read it last.
+
+Read in order: data → tasks and tools → methods → jobs → work → sweeps → records and queries → figures →
+lesson → report → a user's photo → command line.
 
 picture → measured → a method of METHODS → Restorations → scored → records (out/*.json) → queries → REPORT.md
 """
 import ast
+import contextlib
 import functools
 import hashlib
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
@@ -18,17 +23,18 @@ import sys
 import threading
 import time
 import zipfile
-from collections import namedtuple
+from collections import UserList, namedtuple
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Optional
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn as nn
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageOps
 from skimage.restoration import inpaint_biharmonic
 from torch import Tensor
 from tqdm import tqdm
@@ -59,6 +65,7 @@ TWO = ("kodim23", "monarch", "sail", "tulips", "barbara", "flower")
 TEST, DEVELOPMENT = ONE + TWO, ("motorcycle_left", "hubble_deep_field", "grace_hopper", "camera")
 # No photograph is restored by a model that has seen it: each model learns from the other group and these.
 COMMON = ("coins", "brick", "grass", "gravel", "clock_motion", "moon", "retina")
+# GROUPS[photo in ONE] names what the model learns from that restores the photo.
 FIRST, GROUPS = ONE[:4], ("photos for group two", "photos for group one")
 LEARNT = {"photos for group one": TWO + COMMON, "photos for group two": ONE + COMMON}
 FOLDERS = {"skimage": "data", "matplotlib": "mpl-data/sample_data", "sklearn": "datasets/images",
@@ -90,14 +97,8 @@ def square(name: str, size: int) -> Tensor:
 
 @functools.cache
 def training_photos(data: str) -> list[Tensor]:
-    """What a photo model learns from, or a folder of images, (3, H, W), where the sides have 64 pixels."""
-    found = map(to_tensor, map(photo, LEARNT[data])) if data in LEARNT else map(read_image, images_in(data))
-    return [image.expand(-1, 3, -1, -1)[0] for image in found if min(image.shape[-2:]) >= 64]
-
-
-def images_in(folder: str) -> list[Path]:
-    kinds = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
-    return sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in kinds)
+    """What a photo model learns from, (3, H, W): photos of the wheels, or the images of a folder."""
+    return [to_tensor(photo(name))[0] for name in LEARNT[data]] if data in LEARNT else users_photos(data)
 
 
 @functools.cache
@@ -202,7 +203,7 @@ TASKS = {"noise 15": Task(15), "noise 25": Task(25), "noise 50": Task(50),
 
 
 def seeded(*what) -> torch.Generator:
-    """Reproducible, and of its own for every purpose."""
+    """A generator of its own for every purpose, the same in every run."""
     digest = hashlib.sha256("/".join(map(str, what)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
@@ -216,7 +217,7 @@ def measured(clean: Tensor, task: str, *seed) -> dip.Problem:
 
 
 def starting(problem: dip.Problem, *seed) -> torch.Generator:
-    """The random numbers of a method, by the measurement: a file and a job give the same."""
+    """The random numbers of a method, seeded by the measurement: a file and a job give the same picture."""
     return seeded(hashlib.sha256(problem.y.cpu().numpy().tobytes()).hexdigest(), *seed)
 
 
@@ -343,11 +344,10 @@ def ridge_pair(problem: dip.Problem, generator: torch.Generator) -> Iterator[dip
 
 
 class Method(NamedTuple):
-    """A function, a line about it, for noise only (True) or never (False), settings, experts with theirs."""
+    """A function, a line about it, for noise only (True), never (False) or both, experts with settings."""
     run: Callable
     about: str
     noise: Optional[bool] = None
-    settings: dict = {}
     experts: tuple = ()
 
 
@@ -374,23 +374,23 @@ METHODS = {
 }
 
 
-def names(method: str) -> set:
-    """The arguments that a method takes: problem, tools and settings."""
-    return set(inspect.signature(METHODS[method].run).parameters) if method in METHODS else set()
+def names(method: str, settings: bool = False) -> set:
+    """The tools that a method takes, its positional arguments; or its settings, by keyword only."""
+    known = inspect.signature(METHODS[method].run).parameters.values() if method in METHODS else ()
+    return {each.name for each in known if settings == (each.kind == each.KEYWORD_ONLY)}
 
 
 def perform(method: str, problem: dip.Problem, tools: dict, settings: dict) -> Iterator[dip.Restoration]:
     """Run a method; of the tools it gets those that it names."""
     wanted = {name: tool for name, tool in tools.items() if name in names(method)}
-    return METHODS[method].run(problem, **wanted, **METHODS[method].settings | settings)
+    return METHODS[method].run(problem, **wanted, **settings)
 
 
 def toolbox(problem: dip.Problem, generator: torch.Generator, model: Optional["Job"], settings: dict
             ) -> tuple[dict, list]:
     """The tools of a method (their settings leave `settings`), and a list of the evaluations of the model."""
-    tools, evaluations = {"generator": generator, "interpolate": interpolate, "model": None}, []
-    tools["unseen"] = unseen_of(problem) if not problem.sigma else None
-    tools["fresh"] = functools.partial(fresh, **dict(settings.pop("network", ())))
+    tools = {"generator": generator, "interpolate": interpolate, "unseen": unseen_of, "model": None}
+    tools["fresh"], evaluations = functools.partial(fresh, **dict(settings.pop("network", ()))), []
     prior, shift, grey = settings.pop("prior", None), settings.pop("shift", 0), problem.shape[1] == 1
     if "rules" in settings:
         settings["rules"] = {name: RULES[name] for name in settings["rules"]}
@@ -412,35 +412,43 @@ def toolbox(problem: dip.Problem, generator: torch.Generator, model: Optional["J
 
 # -------------------------------------------------------------------------------------- jobs and their cache
 
-# A job names its own entries of these tables; a user's folder is no part of the experiments.
-NOT_FOLLOWED = {"METHODS", "WORK", "PENALTIES", "Job", "Refusal", "read_image"}
+# A job hashes its own entries of these tables; a user's folder is no part of the experiments.
+NOT_FOLLOWED = {"METHODS", "WORK", "PENALTIES", "TASKS", "RULES", "Job", "Refusal", "users_photos"}
 
 
 @functools.cache
 def definitions() -> dict:
-    """(module, name) → syntax tree of every top-level definition in our five files, docstrings removed."""
+    """(module, name) → syntax tree of every top-level definition in our five files; no docstrings, types.
+
+    The entries of a table have names of their own, such as TASKS[hole]."""
     found = {}
     for module in ("metrics", "ddpm", "dip", "hybrid", "experiments"):
-        for node in ast.parse((ROOT / f"{module}.py").read_text()).body:
+        for node in ast.parse((ROOT / f"{module}.py").read_bytes()).body:
             for part in ast.walk(node):
                 if isinstance(part, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(part) is not None:
                     part.body = part.body[1:]
+                part.__dict__.update(annotation=None, returns=None)
             stored = [part.id for target in getattr(node, "targets", []) for part in ast.walk(target)
                       if isinstance(part, ast.Name)]
             found |= {(module, name): node for name in stored or [getattr(node, "name", "")]}
+            if stored and isinstance(getattr(node, "value", None), ast.Dict):
+                found |= {(module, f"{stored[0]}[{getattr(key, 'value', '')}]"): value
+                          for key, value in zip(node.value.keys, node.value.values)}
     return found
 
 
 @functools.cache
 def fingerprint(name: str, module: str = "experiments") -> str:
-    """A hash of a definition's syntax tree and of all definitions of ours that it names, again and again."""
+    """A hash of a definition's syntax tree and of those of all our definitions that it leads to."""
     todo, seen = [(module, name)], {}
     while todo:
         here = todo.pop()
         if here in seen or here not in definitions() or here[1] in NOT_FOLLOWED:
             continue
         node = definitions()[here]
-        seen[here], parts = ast.dump(node), list(ast.walk(node))
+        # Python 3.12 has one field more, 3.13 leaves out what is empty: one text for all of them
+        whole = {"show_empty": True} if sys.version_info >= (3, 13) else {}
+        seen[here], parts = ast.dump(node, **whole).replace(", type_params=[]", ""), list(ast.walk(node))
         inner = {part.arg for part in parts if isinstance(part, ast.arg)}
         for part in parts:
             if isinstance(part, ast.Name) and part.id not in inner:
@@ -456,7 +464,10 @@ def sha(what) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """One cached computation: a method on pictures, or a piece of WORK such as training."""
+    """One cached computation: a method on pictures, or a piece of WORK such as training.
+
+    experts: jobs whose results it uses: finished restorations; the training that it continues; for samples,
+    real cats and, if they are to be judged, restored ones."""
     method: str
     photos: tuple = ()
     task: str = ""
@@ -472,11 +483,12 @@ class Job:
 
     @functools.cached_property
     def key(self) -> str:
-        method, penalty = METHODS.get(self.method), dict(self.settings).get("penalty")
+        method, chosen = METHODS.get(self.method), dict(self.settings)
         work = [restoration, method.run] if method else [WORK[self.method]]
-        work += [PENALTIES[penalty]] if penalty else []
         code = [fingerprint(f.__name__, f.__module__.replace("__main__", "experiments")) for f in work]
-        own = replace(self, model=None, experts=()), method.settings if method else {}
+        code += [fingerprint(f"TASKS[{self.task}]"), fingerprint(f"PENALTIES[{chosen.get('penalty')}]")]
+        code += [fingerprint(f"RULES[{rule}]") for rule in chosen.get("rules", ())]
+        own = replace(self, model=None, experts=())
         return sha((own, [need.key for need in self.needs], code))
 
     @property
@@ -500,7 +512,8 @@ class Job:
     def cost(self) -> float:
         """A guess in core-seconds, for the order of work and the time left."""
         fits = self.method in WORK or "fresh" in names(self.method)
-        a_step = {"train": 4.5, "sample": 70, "pair": 2, "sure": 2}.get(self.method, fits)
+        a_step = {"train": 4.7, "sample": 15, "pair": 2.3, "sure": 1.8, "regularised": 1.7, "diffusion": 0.7
+                  }.get(self.method, fits)
         area = (self.size / 96) ** 2 * len(self.photos)
         return 1 + 0.022 * a_step * area * dict(self.settings).get("steps", 300)
 
@@ -519,7 +532,9 @@ def best_form(method: str, task: str, size: int) -> dict:
 
 def job(method: str, photo="", task: str = "", *, seed: int = 0, size: int = 96, model: Optional[Job] = None,
         experts: Optional[tuple] = None, **settings) -> Job:
-    """A Job: photo one name or several, dictionaries frozen, a method's own experts called in."""
+    """A Job: photo one name or several, dictionaries frozen, a method's own experts called in.
+
+    model="own": the photo model that has not seen the photo."""
     def frozen(value):
         return tuple(sorted((k, frozen(v)) for k, v in value.items())) if isinstance(value, dict) else value
     # Fits to noisy test photos are watched to their end, so that every question shares them.
@@ -543,7 +558,7 @@ def write(path: Path, content) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
-        content(temporary) if callable(content) else temporary.write_text(content)
+        content(temporary) if callable(content) else temporary.write_text(content, "utf-8")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -616,7 +631,8 @@ def recipe(data: str, pictures: int = 0) -> tuple[tuple, Callable, float]:
                 pictures, (16,), generator=generator)]
             return render_cats(parts)
         return (32, 64, 96, 128), batch, 2e-3
-    return (32, 64, 96), functools.partial(ddpm.windows, training_photos(data)), 3e-3
+    # smaller windows learn less from an update, but more in a minute
+    return (32, 64, 96), functools.partial(ddpm.windows, training_photos(data), size=48), 3e-3
 
 
 def parts_of(chosen: dict) -> tuple[ddpm.Schedule, ddpm.Head]:
@@ -651,6 +667,8 @@ def train(job: Job) -> dict:
     for state in ddpm.train(network, s, batch, head, chosen["steps"], generator, lr=lr, place=place,
                             t_max=chosen.get("t_max"), resume=before["trainer"]):
         losses.append(state.loss)
+        check(any(map(math.isfinite, losses[-20:])),
+              f"training on {job.photos[0]} diverged at update {state.step}: its loss is not a number")
     seconds = before["seconds"] + time.perf_counter() - began
     checkpoint, x0 = state.checkpoint(), torch.cat([batch(generator) for _ in range(4)]).to(DEVICE)
     ts = [1, 10, 20, 40, 70, *range(100, s.T + 1, 100)]
@@ -661,7 +679,7 @@ def train(job: Job) -> dict:
 
 
 def nearest_parts(images: Tensor) -> Tensor:
-    """(n, 5): the cat nearest to each image, changing one factor at a time until nothing improves."""
+    """(n, 5): a cat near to each image, found by changing one factor at a time until nothing improves."""
     parts = torch.zeros(len(images), 5, dtype=torch.long)
     for _ in range(6):
         before, parts = parts, parts.clone()
@@ -691,21 +709,21 @@ def sample(job: Job) -> dict:
     """n pictures from a model by DDIM, or n real cats, or what the second expert restored; judged against the
     real cats of the first."""
     chosen = {"steps": 50, "ema": True, "eta": 0.0} | dict(job.settings)
-    generator, began, found = seeded(job.seed), time.perf_counter(), []
-    real, n = job.model is None, chosen["n"]
+    generator, began, real = seeded(job.seed), time.perf_counter(), job.model is None
     side = 32 if real or job.model.photos == ("cats",) else 64
     if job.experts[1:]:
-        found.append(job.experts[1].result()["image"].clamp(0, 1).cpu())
+        images = job.experts[1].result()["image"].clamp(0, 1).cpu()
     elif real:
-        found.append(render_cats(draw_cats(generator, n, everything=True)))
-    while sum(map(len, found)) < n:
-        denoise, s, _ = model_of(job.model, chosen["ema"])
-        x = torch.randn(min(64, n), 3, side, side, generator=generator).to(DEVICE)
-        *_, last = ddpm.ddim(denoise, s, x, chosen["steps"], generator, chosen["eta"])
-        found.append(ddpm.to_image(last.x).clamp(0, 1).cpu())
-    images = torch.cat(found)[:n]
-    seconds = (time.perf_counter() - began) / n
-    record = {"n": n, "seconds": seconds, "evaluations": 0 if real else chosen["steps"]}
+        images = render_cats(draw_cats(generator, chosen["n"], everything=True))
+    else:
+        (denoise, s, _), found = model_of(job.model, chosen["ema"]), []
+        while sum(map(len, found)) < chosen["n"]:
+            x = torch.randn(min(64, chosen["n"]), 3, side, side, generator=generator).to(DEVICE)
+            *_, last = ddpm.ddim(denoise, s, x, chosen["steps"], generator, chosen["eta"])
+            found.append(ddpm.to_image(last.x).clamp(0, 1).cpu())
+        images = torch.cat(found)[:chosen["n"]]
+    seconds = (time.perf_counter() - began) / len(images)
+    record = {"n": len(images), "seconds": seconds, "evaluations": 0 if real else chosen["steps"]}
     record |= examine(images) if side == 32 else {}
     features = nn.functional.avg_pool2d(images, 4).flatten(1)
     if job.experts:
@@ -714,7 +732,11 @@ def sample(job: Job) -> dict:
 
 
 def restoration(job: Job) -> dict:
-    """Damage pictures, restore them by a method, score: the only place where a truth meets an estimate."""
+    """Damage pictures, restore them by a method, score: the only place where a truth meets an estimate.
+
+    Settings that no method sees: start (other random numbers), leak, belief (a factor of the σ that is told;
+    0: it is estimated), blind. An expert's cost is that of its first picture.
+    """
     settings, truth = dict(job.settings), pictures(job.photos, job.size).to(DEVICE)
     start, leak, belief, blind = (settings.pop(name, default) for name, default in (
         ("start", 0), ("leak", False), ("belief", 1.0), ("blind", False)))
@@ -759,7 +781,8 @@ def decibels(error: float) -> float:
 
 
 def law(images: list, truth: Tensor) -> dict:
-    """*Oracle*: what the law of combination says of images, from their true errors and distances."""
+    """*Oracle*: what the law of combination says, from true errors and distances. ρ: of the first two."""
+    images = [image.clamp(0, 1) for image in images]
     errors = [(image - truth).square().mean().item() for image in images]
     C = hybrid.moments(images, errors)
     _, least = hybrid.least_on_simplex(C)
@@ -793,7 +816,7 @@ WORK = {"train": train, "sample": sample}
 
 
 # ------------------------------------------------------------------------------------ sweeps, one a question
-# A sweep yields (row, job): a name for tables and queries, and what is computed.
+# A sweep yields (row, job): a name for tables and queries, "row" or "row @ cell", and what is computed.
 
 NOISY, HIDDEN = ("noise 15", "noise 25", "noise 50"), ("hole", "80 % missing", "×4")
 FIVE = ("noise 25", "noise 50", "hole", "80 % missing", "×4")
@@ -808,9 +831,9 @@ def over(**axes) -> list[dict]:
     return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
 
 
-def changes(method: str, table: dict, **at) -> Iterator:
-    """A row for every entry of a table of changed settings, on every test photo."""
-    for photo, (row, change) in itertools.product(FIRST, table.items()):
+def changes(method: str, table: dict, photos: tuple = FIRST, **at) -> Iterator:
+    """A row for every entry of a table of changed settings, on each of the photos (or groups of photos)."""
+    for photo, (row, change) in itertools.product(photos, table.items()):
         yield row, job(method, **{"photo": photo} | at | change)
 
 
@@ -849,19 +872,19 @@ def ask_ddpm():
         yield f"training on {data[-1].photos[0]}", data[-1]
     for at in over(photo=DEVELOPMENT, model=PHOTOS[GROUPS[0]]):
         yield f"development, after {steps_of(at['model'])}", job("diffusion", task="noise 25", **at)
-    for at in over(photo=FIRST, task=NOISY, evaluations=(1, 4)):
-        yield f"{at['evaluations']} evaluations", job("diffusion", model="own", **at)
+    for at in over(photo=FIRST, evaluations=(1, 4)):
+        yield f"{at['evaluations']} evaluations", job("diffusion", task="noise 25", model="own", **at)
 
 
 NETWORKS = {"width 16": {"network": {"widths": (16,) * 4}}, "3 scales": {"network": {"widths": (32,) * 3}},
-            "no skips": {"network": {"skip": 0}}}
-BILINEAR = {"steps": 1000, "network": {"upsample": "bilinear", "padding": "reflect"}}
+            "no skips": {"network": {"skip": 0}},
+            "bilinear": {"steps": 1000, "network": {"upsample": "bilinear", "padding": "reflect"}}}
 
 
 def ask_dip():
     """What does the prior know, and when does it overfit?"""
     yield from (("dip", job("dip", **at)) for at in over(photo=FIRST, task=NOISY + HIDDEN))
-    table = {"as chosen": {}, "no jitter": {"jitter": 0.0}, "bilinear, reflected borders": BILINEAR}
+    table = {"as chosen": {}, "no jitter": {"jitter": 0.0}}
     yield from changes("dip", table | NETWORKS, **SMALL, steps=500, watch=True)
 
 
@@ -890,30 +913,39 @@ def ask_stop():
             yield "held-out pixels", job("held-out", **at, steps=FITS[at["task"]], watch=True)
             yield "Monte-Carlo SURE", job("sure", **at, steps=FITS[at["task"]], watch=True)
     yield from changes("pair", STAGES, **SMALL, steps=320, watch=True)
+    table = {f"Monte-Carlo SURE, {row}": STAGES[row] for row in ("as chosen", *NETWORKS)}
+    yield from changes("sure", table, **SMALL, steps=500, watch=True)
 
 
 HARD, FAR = {"gradient": False}, {"t": 1000, "evaluations": 20}
 WAYS = {"diffusion": {}, "DDNM": HARD, "ΠGDM": {"gradient": True}, "one sample": {"samples": 1},
-        "DDNM, from noise": HARD | FAR | {"eta": 0.0}, "DDNM, from noise, ζ = 1": HARD | FAR,
+        "DDNM, from noise": HARD | FAR, "DDNM, from noise, η = 0": HARD | FAR | {"eta": 0.0},
         "ΠGDM, from noise": FAR | {"gradient": True},
         **{f"{k} steps": {"evaluations": k} for k in (2, 5)},
-        **{f"from t₀ = {t}": {"t": t} for t in (100, 200, 400, 800)}}
-BRIEF = {"start from DIP": {}, "start from DIP, 2 steps": {"evaluations": 2},
+        **{f"from t₀ = {t}": {"t": t} for t in (200, 400, 800)}}
+SHORT = {f"ΠGDM, from noise, {k} steps": FAR | {"evaluations": k, "gradient": True} for k in (2, 5, 10)}
+BRIEF = {**{f"start from DIP, {k} steps": {"evaluations": k} for k in (2, 5)},
          "start from DIP, leaning on it": {"lean": True}, "DIP thrown in at t = T": HARD | FAR | {"eta": 0.0}}
-REFITS = {"refit": {}, "weight of the guess 1": {"weight": 1.0}, "a refit of 5 updates": {"updates": 5},
-          "width 16": NETWORKS["width 16"]}
+REFITS = {"refit": {}, "refit of width 16": NETWORKS["width 16"]}
 
 
 def ask_enter():
     """How many reverse steps does a DIP prior save, at what quality and diversity?"""
     places = over(photo=FIRST, task=("hole",), size=(96,), model=("own",))
     for at in places + over(photo=(FLOCK[:20],), task=("80 % missing",), size=(32,), model=(CATS[-1],)):
-        yield from ((row, job("diffusion", **at, **more)) for row, more in WAYS.items())
-        for updates in (25, 100):
-            dip = (job("dip", **at, steps=updates),)
-            yield f"DIP of {updates} updates", dip[0]
-            rows = BRIEF if updates == 100 else {"start from DIP of 25 updates": {}}
-            yield from ((row, job("diffusion", **at, experts=dip, **more)) for row, more in rows.items())
+        # the cheap pictures have more rows
+        ways, kinds, lengths = WAYS, ("as chosen",), (25, 100)
+        if at["size"] == 32:
+            ways, kinds, lengths = WAYS | SHORT, ("as chosen", "width 16", "no skips"), (25, 100, 400)
+        yield from ((row, job("diffusion", **at, **more)) for row, more in ways.items())
+        for kind, updates in itertools.product(kinds, lengths):
+            brief = (job("dip", **at, steps=updates, **NETWORKS.get(kind, {})),)
+            name = f"DIP of {updates} updates" + f", {kind}" * (kind in NETWORKS)
+            yield name, brief[0]
+            yield f"start from {name}", job("diffusion", **at, experts=brief)
+            if name == "DIP of 100 updates":
+                for row, more in BRIEF.items():
+                    yield row, job("diffusion", **at, experts=brief, **more)
         yield from ((row, each) for row, each in arms(**at) if row in ("classical", "DIP", "combination"))
         yield from ((row, job("refit", **at, **more)) for row, more in REFITS.items())
 
@@ -925,24 +957,22 @@ def arms(shift=0, **at) -> Iterator:
     yield from (("DIP", one) for one in dips[:2])
     yield from (("two DIPs", job("two-dips", **at, experts=(one, dips[1]))) for one in dips[::2])
     yield "three DIPs", job("three-dips", **at)
-    yield "diffusion", job("diffusion", **at, **more)
+    alone = job("diffusion", **at, **more)
+    yield "diffusion", alone
     if at["task"] in NOISY:
-        yield "classical", job("ridge", **at)
-        prior, formula = job("pair", **at), job("ridge-pair", **at)
+        how, prior, formula, blind = "weighted", job("pair", **at), job("ridge-pair", **at), {}
         model = job("diffusion-pair", **at, **more)
+        yield "classical", job("ridge", **at)
         yield "DIP pair", prior
-
-        def combine(*experts):
-            return job("weighted", **at, experts=experts)
     else:
-        formula, prior = job("interpolation", **at), job("two-dips", **at)
-        model = job("diffusion", **at, **more)
-        yield "classical", formula
+        how, prior, formula, model = "stacked", job("two-dips", **at), job("interpolation", **at), alone
         blind = {formula: job("interpolation", **at, blind=True), prior: job("two-dips", **at, blind=True),
                  model: job("diffusion", **at, blind=True, **more)}
+        yield "classical", formula
 
-        def combine(*experts):
-            return job("stacked", **at, experts=experts + tuple(blind[expert] for expert in experts))
+    def combine(*experts):
+        return job(how, **at, experts=experts + tuple(blind[expert] for expert in experts if blind))
+    if blind:
         # a chain can start from any finished picture: from its own mean, or from that of the combination
         for row, start in (("restarted", model), ("from the combination", combine(prior, model, formula))):
             yield row, job("diffusion", **at, **more, experts=(start,))
@@ -954,7 +984,7 @@ def arms(shift=0, **at) -> Iterator:
 
 def ask_train():
     """How much training does a DIP prior save?"""
-    at = {"photo": FLOCK, "task": "large hole", "size": 32}
+    at = {"photo": FLOCK[:20], "task": "large hole", "size": 32}
     crowd = {"photo": CROWD, "task": "80 % missing", "size": 32}
     brief, wide = (job("dip", **at, steps=100),), (job("dip", **crowd, steps=100),)
     real = job("sample", "cats", seed=2, n=2048)
@@ -962,23 +992,25 @@ def ask_train():
     models = {steps_of(model): model for model in CATS}
     models |= {f"{n} pictures": chain("cats", 1300, place=PLACE, pictures=n)[-1] for n in (64, 1024)}
     for (name, model), way in itertools.product(models.items(), ("noise", "interpolation", "DIP")):
-        more, less = ({"experts": dip} if way == "DIP" else FAR if way == "noise" else {}
-                      for dip in (brief, wide))
-        yield f"from {way}, {name}", job("diffusion", model=model, **at, **more)
+        more, less = ({"experts": start} if way == "DIP" else FAR if way == "noise" else {}
+                      for start in (brief, wide))
+        yield f"from {way} @ {name}", job("diffusion", model=model, **at, **more)
         if way != "interpolation":
             drawn = job("diffusion", model=model, **crowd, **less, samples=1)
-            yield f"samples from {way}, {name}", job("sample", "cats", experts=(real, drawn), n=len(CROWD))
+            yield f"samples from {way} @ {name}", job("sample", "cats", experts=(real, drawn))
     for name, model in models.items():
-        yield from ((f"{row}, {name}", each) for row, each in arms(
-            photo=FLOCK, task="noise 25", size=32, model=model) if row in ("diffusion", "combination"))
+        rows = arms(photo=FLOCK, task="noise 25", size=32, model=model)
+        yield from ((f"{row} @ {name}", each) for row, each in rows
+                    if row in ("diffusion", "combination", "without DIP"))
     for t_max in (1000, 250):
-        for model in chain("cats", 400, t_max=t_max)[1:]:
-            row = f"t ≤ {t_max} learnt, from t₀ = 250, {steps_of(model)}"
+        for model in chain("cats", 200, t_max=t_max)[1:]:
+            row = f"t ≤ {t_max} learnt @ from t₀ = 250, {steps_of(model)}"
             yield row, job("diffusion", model=model, experts=brief, t=250, **at)
 
 
 REGULARISED = {
     "as chosen": {}, "constraint, no model": {"weight": 0.0}, "model, no constraint": {"floor": 0.0},
+    "model, no constraint, λ = 10": {"weight": 10.0, "floor": 0.0},
     "neither: plain DIP": {"weight": 0.0, "floor": 0.0},
     "plain DIP, same averaging": {"weight": 0.0, "constrain": False}}
 OTHERS = {
@@ -989,12 +1021,11 @@ OTHERS = {
 
 def ask_guide():
     """Does a learned prior make early stopping unnecessary?"""
-    for photo in FIRST:
-        yield "regularised", job("regularised", photo, "noise 25", model="own")
-        yield "no model", job("regularised", photo, "noise 25", weight=0.0)
-    yield from changes("regularised", REGULARISED, **SMALL, model="own", steps=4000)
+    yield from (("regularised", job("regularised", photo, "noise 25", model="own")) for photo in FIRST)
+    at = {"photos": (FIRST,), "model": "own"} | SMALL
+    yield from changes("regularised", REGULARISED, **at, steps=4000)
     table = {f"{row}, 600 updates": change for row, change in OTHERS.items()}
-    yield from changes("regularised", table, **SMALL, model="own", steps=600)
+    yield from changes("regularised", table, **at, steps=600)
 
 
 def ask_final():
@@ -1018,7 +1049,8 @@ def cells(flock: tuple) -> dict:
     """Name → the settings of its arms: task × shift of the model × share of its training; other domains."""
     found = {}
     for task, shift, k in itertools.product(FIVE, SHIFTS, (1, 4)):
-        if task in NOISY + HIDDEN[1:2] or shift in ("hue 0", "hue 180", "upside down"):
+        # holes and ×4 cost most: three cells have to do
+        if task in NOISY + HIDDEN[1:2] or k == 4 and shift in ("hue 0", "hue 180", "upside down"):
             found[f"{task}, {shift}, {('1/8', 'all')[k // 4]}"] = {
                 "photo": flock if task in NOISY else flock[:20], "task": task, "shift": SHIFTS[shift],
                 "model": CATS[k]}
@@ -1031,10 +1063,11 @@ def cells(flock: tuple) -> dict:
 
 def ask_ladder():
     """Can the gain of a combination be predicted? The cats' model, shifted step by step."""
+    # second chains cost as much as all the rest: not in every cell
+    only = {"restarted": "all", "from the combination": "hue 0, all"}
     for name, at in cells(FLOCK).items():
-        # second chains cost as much as all the rest
         yield from ((f"{row} @ {name}", each) for row, each in arms(size=32, **at)
-                    if name.endswith("all") or row not in ("restarted", "from the combination"))
+                    if name.endswith(only.get(row, "")))
 
 
 QUESTIONS = {"ddpm": ask_ddpm, "dip": ask_dip, "stop": ask_stop, "enter": ask_enter, "train": ask_train,
@@ -1044,26 +1077,24 @@ QUICK = {"steps": 12, "brief": 4, "updates": 1, "evaluations": 2, "n": 64, "samp
 
 def quickly(job: Job) -> Job:
     """The same job on a tiny budget; its numbers mean nothing."""
-    given, takes = dict(job.settings), names(job.method) & set(QUICK)
+    given, takes = dict(job.settings), names(job.method, settings=True) & set(QUICK)
     small = {name: min(value, QUICK[name]) if name in QUICK else value for name, value in given.items()}
     small = {name: QUICK[name] for name in takes} | small
     if job.method == "train":
         small["steps"] = math.isqrt(given["steps"])
-    if job.method == "sample" and job.experts[1:]:
-        # as many as the second expert restores
-        small["n"] = 4
     return replace(job, photos=job.photos[:4], model=job.model and quickly(job.model),
                    settings=tuple(sorted(small.items())), experts=tuple(map(quickly, job.experts)))
 
 
 def rows_of(scale: str) -> dict:
-    """Question → [(row, job)]; the quick scale has one photo of each group and one seed."""
+    """Question → [(row, job)]; the quick scale has one photo of each group."""
+    check(scale in OUT, f"scale={scale} is not a scale: choose {' or '.join(OUT)}")
     found = {question: list(ask()) for question, ask in QUESTIONS.items()}
     if scale == "full":
         return found
     left_out = ONE[1:] + TWO[1:] + DEVELOPMENT[1:]
-    return {question: [(row, quickly(job)) for row, job in rows if job.photos[0] not in left_out
-                       and (job.seed != 1 or not job.task)] for question, rows in found.items()}
+    return {question: [(row, quickly(job)) for row, job in rows if job.photos[0] not in left_out]
+            for question, rows in found.items()}
 
 
 # --------------------------------------------------------------------------------------- records and queries
@@ -1077,13 +1108,14 @@ def records_of(rows: list, committed: Optional[dict] = None) -> list[dict]:
         shared["settings"] = {name: str(value) for name, value in job.settings if name != "rules"}
         trusted = None if job.done() else (committed or {}).get(job.key)
         for record in trusted or job.result()["records"]:
+            # the delivered rule has the name ""; in a row without a name it is the first of RULES
             label = ": ".join(filter(None, [row, record.get("rule")])) or next(iter(RULES))
             found.append({"row": label} | shared | record | {"row": label, "cell": cell, "key": job.key})
     return found
 
 
 class Number(namedtuple("Number", "mean low high n wins values photos")):
-    """A mean over photographs, 95 % interval (photographs resampled), on how many it is above 0."""
+    """A mean over photographs, 95 % interval (photographs resampled); wins: values above 0."""
 
     @property
     def p(self) -> float:
@@ -1095,9 +1127,9 @@ class Number(namedtuple("Number", "mean low high n wins values photos")):
         return float((as_far.sum() + drawn) / (len(signs) + drawn))
 
     def __format__(self, spec: str) -> str:
-        """A number's format, with the interval or (m.2f) without; k: how often above 0; p."""
-        if spec in ("k", "p"):
-            return f"{self.wins} of {self.n}" if spec == "k" else f"{self.p:.2g}"
+        """A number's format, with the interval or (m.2f) without; k: how often above 0; n; p."""
+        if spec in ("k", "n", "p"):
+            return {"k": f"{self.wins} of {self.n}", "n": str(self.n), "p": f"{self.p:.2g}"}[spec]
         mean, low, high = (f"{value:{spec.lstrip('m') or '.2f'}}" for value in self[:3])
         return mean if self.n == 1 or spec.startswith("m") else f"{mean} [{low}, {high}]"
 
@@ -1116,7 +1148,7 @@ CONTROLS = ("without diffusion", "without DIP")
 
 
 class Query:
-    """q("psnr", "final", row="pair", minus={"row": "dip"}, task=…) is a Number.
+    """q("psnr", "final", row="DIP pair", minus={"row": "DIP"}, task=…) is a Number.
 
     A value is a field or an expression of fields; a condition is a value or a tuple of them. `minus` changes
     conditions, the same pictures and seeds are paired. Seeds are averaged first, then photographs resampled.
@@ -1124,8 +1156,9 @@ class Query:
 
     def __init__(self, records: dict[str, list]):
         self.records, self.cells = records, {}
-        for question, record in ((question, record) for question in records for record in records[question]):
-            self.cells.setdefault((question, record.get("cell")), []).append(record)
+        for question, found in records.items():
+            for record in found:
+                self.cells.setdefault((question, record.get("cell")), []).append(record)
 
     def select(self, question: str, **where) -> list[dict]:
         wanted = {name: value if isinstance(value, tuple) else (value,) for name, value in where.items()}
@@ -1169,36 +1202,33 @@ class Query:
         other = {"row": self.rival(question, rows, **where)}
         return self("psnr", question, row="combination", minus=other, **where)
 
-    def table(self, question: str, columns: dict, rows: tuple = (), **where) -> str:
-        """Columns: "psnr:.2f", less the row dip "psnr:.2f - dip", on how many photos "psnr:k - dip"."""
-        def cell(column: str, row: str) -> str:
-            value, spec, other = re.fullmatch(r"(.*?):(\S*)(?: - (.*))?", column).groups()
-            return format(self(value, question, other and {"row": other}, **where, row=row), spec)
-        rows = rows or tuple(dict.fromkeys(record["row"] for record in self.select(question, **where)))
-        return markdown(columns, {row: row for row in rows}, cell)
+    def table(self, question: str, columns: dict, rows: tuple = (), lines: Optional[dict] = None, **where
+              ) -> str:
+        """A line for each of `rows`, or for every name → conditions of `lines`; no record, an empty cell.
 
-    def across(self, question: str, lines: dict, columns: dict) -> str:
-        """A line for every name → conditions. Columns: "psnr:m.2f of dip", "gain:.2f", "gain alone:.2f"."""
-        def cell(column: str, where: dict) -> str:
-            value, spec, row = re.fullmatch(r"(.*?):(\S*)(?: of (.*))?", column).groups()
-            if row:
-                return format(self(value, question, row=row, **where), spec)
-            rows = RIVALS if "alone" in value else RIVALS + CONTROLS
-            return format(self.gain(question, rows, **where), spec) if value.startswith("gain") else (
-                self.rival(question, rows, **where))
-        return markdown(columns, lines, cell)
+        Columns: "psnr:.2f"; less the row dip "psnr:.2f - dip"; of the row dip "psnr:m.2f of dip"; "gain:k",
+        "rival:" against all other rows, with "gain alone:k" and "rival alone:" against RIVALS.
+        """
+        def cell(column: str, at: dict) -> str:
+            value, spec, sign, row = re.fullmatch(r"(.*?):(\S*)(?: (-|of) (.*))?", column).groups()
+            others = RIVALS if value.endswith("alone") else RIVALS + CONTROLS
+            if value.startswith("rival"):
+                return self.rival(question, others, **at)
+            if value.startswith("gain"):
+                return format(self.gain(question, others, **at), spec)
+            at = at | ({"row": row} if sign == "of" else {})
+            return format(self(value, question, {"row": row} if sign == "-" else None, **at), spec)
 
-
-def markdown(columns: dict, lines: dict, cell: Callable) -> str:
-    """A table; a cell for which there is no record stays empty."""
-    def filled(*what) -> str:
-        try:
-            return cell(*what)
-        except KeyError:
+        def filled(column: str, at: dict) -> str:
+            with contextlib.suppress(KeyError):
+                return cell(column, at)
             return ""
-    rows = [["", *columns], ["---"] + ["---:"] * len(columns)]
-    rows += [[name, *(filled(column, line) for column in columns.values())] for name, line in lines.items()]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        rows = rows or dict.fromkeys(record["row"] for record in self.select(question, **where))
+        drawn = [["", *columns]]
+        drawn += [[name, *(filled(column, where | at) for column in columns.values())]
+                  for name, at in (lines or {row: {"row": row} for row in rows}).items()]
+        head, *body = ["| " + " | ".join(line) + " |" for line in drawn]
+        return "\n".join([head, "|---" + "|---:" * len(columns) + "|", *body])
 
 
 @functools.cache
@@ -1217,9 +1247,9 @@ def laws(q: Query) -> dict:
 
 def render(template: str, q: Query, check_claims: bool = True) -> str:
     """Fill the holes <<expression:format>>, check the claims <!-- claim: … -->; Refusal where one fails."""
-    known = {f.__name__: f for f in (abs, min, max, all, any, len, sum)} | {"TEST": TEST, "DEV": DEVELOPMENT}
-    known |= {"q": q, "laws": laws, "holm": holm, "NAMED": NAMED, "CELLS": tuple(cells(FLOCK)), "FIVE": FIVE}
-    known |= {"ONE": ONE, "TWO": TWO, "RIVALS": RIVALS, "interp": np.interp, "__builtins__": {}}
+    known = {f.__name__: f for f in (abs, min, max, all, any, len, sum, laws, holm)}
+    known |= {"q": q, "CELLS": tuple(cells(FLOCK)), "NAMED": NAMED, "FIVE": FIVE, "ONE": ONE, "TWO": TWO}
+    known |= {"RIVALS": RIVALS, "interp": np.interp, "__builtins__": {}}
 
     def evaluate(expression: str, finish: Callable):
         try:
@@ -1239,7 +1269,7 @@ def read_records(scale: str) -> Query:
     found = {}
     for question, asked in rows_of(scale).items():
         try:
-            found[question] = json.loads((OUT[scale] / f"{question}.json").read_text())["records"]
+            found[question] = json.loads((OUT[scale] / f"{question}.json").read_text("utf-8"))["records"]
         except (OSError, ValueError, KeyError):
             raise Refusal(f"{question}.json is missing or broken: run `make all` to compute it")
         check({record["key"] for record in found[question]} == {job.key for _, job in asked},
@@ -1248,102 +1278,381 @@ def read_records(scale: str) -> Query:
 
 
 # --------------------------------------------------------------------------------------------------- figures
+# draw(rows, q): the jobs, for pictures and curves, and a Query. 9 inches are a page: 8 points are 10 pixels.
 
-def gallery(rows: list):
-    """Pictures with titles: rows of (bytes (C, H, W), title)."""
-    size = 2.2 * len(rows[0]), 2.6 * len(rows)
-    figure = Figure(layout="constrained", figsize=size)
-    axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
-    for ax, (image, title) in zip(axes.flat, itertools.chain(*rows)):
-        ax.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-        ax.set_title(title, fontsize=9)
-        ax.axis("off")
+matplotlib.rcParams.update({
+    "font.size": 8, "axes.titlesize": 9, "figure.constrained_layout.use": True, "axes.spines.top": False,
+    "axes.spines.right": False, "lines.linewidth": 1.2})
+# colours that colour-blind readers can tell (Okabe & Ito 2008)
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8A8A8A"
+
+
+def show(ax, image: Tensor) -> None:
+    """A picture (C, H, W) of bytes."""
+    ax.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+    ax.set(xticks=[], yticks=[], frame_on=False)
+
+
+def curve_of(job: Job) -> Tensor:
+    """PSNR after each update, the mean over the job's pictures."""
+    return job.result()["curve"].mean(1).cpu()
+
+
+def median_photo(q: Query, task: str) -> str:
+    """The photograph whose gain over the best other row is the median one."""
+    gain = q.gain("final", task=task)
+    return sorted(zip(gain.values, gain.photos))[(gain.n - 1) // 2][1]
+
+
+def plot_answer(rows: dict, q: Query) -> Figure:
+    """The middle of the median photograph of each task; below, the score and what it is behind."""
+    shown, figure = ("classical", "DIP", "diffusion", "combination"), Figure((9, 8.6))
+    axes = figure.subplots(len(FIVE), 6)
+    for line, task in zip(axes, FIVE):
+        photo = median_photo(q, task)
+        # of two starts of DIP, the first
+        found = {row: each.result() for row, each in reversed(rows["final"])
+                 if each.task == task and each.photos == (photo,) and row in shown}
+        images = found["DIP"]["images"] | {row: found[row]["images"][""] for row in shown}
+        scores = {row: found[row]["records"][0]["psnr"] for row in shown}
+        for ax, row in zip(line, ("measured", *shown, "truth")):
+            quarter = images[row].shape[-1] // 4
+            show(ax, images[row][0, :, quarter:-quarter, quarter:-quarter])
+            if task == FIVE[0]:
+                ax.set_title(row)
+            if row in shown:
+                best = scores[row] == max(scores.values())
+                ax.set_xlabel(f"{scores[row]:.2f} dB ({scores[row] - scores['combination']:+.2f})",
+                              fontweight="bold" if best else "normal")
+        line[0].set_ylabel(f"{task}\n{photo}")
     return figure
 
 
-def lines(panels: dict, xlabel: str):
-    """Panels side by side: title → {label: values from 1 on}, in decibels."""
-    figure = Figure(layout="constrained", figsize=(4.4 * len(panels), 3.8))
-    for ax, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items()):
-        for label, values in curves.items():
-            ax.plot(range(1, 1 + len(values)), values.cpu(), label=label)
-        ax.set(title=title, xlabel=xlabel, ylabel="PSNR, dB")
-        ax.legend(fontsize=8)
+def plot_axis(rows: dict, q: Query) -> Figure:
+    """A drawing: the noise levels of the process, where a noisy photo sits, and where each method enters."""
+    figure = Figure((9, 3.6))
+    ax = figure.subplots()
+    ax.axis("off")
+    ax.set(xlim=(-1.6, 10.3), ylim=(-2.4, 2.5))
+    ax.annotate("", (10.3, 0), (-0.5, 0), arrowprops={"arrowstyle": "->", "lw": 1.5})
+    marks = {0: "x\nclean, t = 0", 3.2: "y = x + n\nnoise σ", 4.4: "y ± Sξ\n√(σ² + S²)",
+             7.2: "start step t₀", 9.7: "t = T\npure noise"}
+    for place, text in marks.items():
+        ax.plot(place, 0, "o", color="black")
+        ax.text(place, -0.2, text, ha="center", va="top")
+    for start, height, colour, text in (
+            (3.2, 0.4, BLUE, "diffusion alone: the model at y's own step, D(y)"),
+            (4.4, 1.1, ORANGE, "A. DIP pair, fitted to y ± Sξ, stopped by its unbiased risk"),
+            (9.7, 1.8, GREY, "DDPM: the reverse chain from pure noise"),
+            (7.2, -1.5, GREEN, "B. an interpolation or a DIP, noised to t₀; the chain goes on from there"),
+            (3.2, -2.2, RED, "C. DIP, fitted to y, with D(y) in its loss")):
+        ax.plot((start, start), (0, height), ":", color=colour)
+        ax.annotate("", (0, height), (start, height), arrowprops={"arrowstyle": "->", "color": colour})
+        ax.text(0.2, height + 0.1, text, color=colour, fontsize=9)
+    ax.text(-1.6, 0.75, "risk-\nweighted\naverage", va="center", fontsize=9)
+    for height, colour in ((0.4, BLUE), (1.1, ORANGE)):
+        ax.annotate("", (-0.7, 0.75), (-0.05, height), arrowprops={"arrowstyle": "->", "color": colour})
     return figure
 
 
-def plot_answer(rows: dict):
-    """For each task the photograph where the gain over the best other row is the median one."""
-    q, columns = Query({"final": records_of(rows["final"])}), []
-    for task in FIVE:
-        gain = q.gain("final", task=task)
-        photo = sorted(zip(gain.values, gain.photos))[(gain.n - 1) // 2][1]
-        found = {row: each.result() for row, each in rows["final"]
-                 if (each.task, each.photos) == (task, (photo,))}
-        shown = {"": found["DIP"]["images"]["measured"][0]}
-        shown |= {row: found[row]["images"][""][0] for row in ("DIP", "diffusion", "combination")}
-        titles = {row: f"{row}\n{found[row]['records'][0]['psnr']:.2f} dB" for row in shown if row}
-        columns.append([(image, titles.get(row, task)) for row, image in shown.items()])
-        columns[-1].append((found["DIP"]["images"]["truth"][0], photo))
-    return gallery(list(zip(*columns)))
+def plot_baselines(rows: dict, q: Query) -> Figure:
+    """Above, samples of the cats' model. Below, DIP's rise and fall: a line and its peak a photograph."""
+    figure = Figure((9, 4.6))
+    grid = figure.add_gridspec(2, 4, height_ratios=(1, 1.6))
+    samples = dict(rows["ddpm"])["η = 0, 50 steps"].result()["images"][:48]
+    lines = [torch.cat(list(line), 2) for line in samples.split(16)]
+    show(figure.add_subplot(grid[0, :]), torch.cat(lines, 1))
+    for k, task in enumerate(NOISY + HIDDEN[:1]):
+        ax = figure.add_subplot(grid[1, k], title=task, xlabel="updates", ylabel="" if k else "PSNR, dB")
+        fits = [each for _, each in rows["dip"] if (each.task, each.size) == (task, 96)]
+        for j, (each, colour) in enumerate(zip(fits, (BLUE, ORANGE, GREEN, RED))):
+            curve = curve_of(each)
+            ax.plot(range(1, 1 + len(curve)), curve, color=colour)
+            ax.plot(curve.argmax() + 1, curve.max(), "o", ms=4, color=colour)
+            ax.text(0.95, 0.05 + 0.08 * j, "" if k else each.photos[0], color=colour, ha="right",
+                    transform=ax.transAxes)
+    return figure
 
 
-def plot_law(rows: dict):
-    """Left: what the law predicts against what was measured. Right: where the combination pays."""
-    found = laws(Query({"ladder": records_of(rows["ladder"])}))
-    figure = Figure(layout="constrained", figsize=(9.2, 4.2))
+def plot_stop(rows: dict, q: Query) -> Figure:
+    """The pair's estimate along one fit; what every rule loses; constraint × model along a long fit."""
+    figure, at = Figure((9, 3.4)), {"task": "noise 25", "size": 96}
+    meter, gaps, long = figure.subplots(1, 3, width_ratios=(1, 1.1, 1.6))
+    pairs = [each for row, each in rows["stop"] if row == "pair" and each.task == "noise 25"]
+    middle = sorted(pairs, key=lambda each: each.result()["records"][0]["gap"])[(len(pairs) - 1) // 2]
+    record = middle.result()["records"][0]
+    estimate = middle.result()["risks"][:record["stopped"]].clamp(min=1e-5)
+    for text, curve, colour, y in (("truth", curve_of(middle), GREY, 0.25),
+                                   ("estimate", -10 * estimate.log10().cpu(), ORANGE, 0.15)):
+        meter.plot(range(1, 1 + len(curve)), curve, color=colour)
+        meter.text(0.5, y, text, color=colour, transform=meter.transAxes)
+    meter.axvline(record["step"], color="black", lw=0.8)
+    meter.set(title=f"{middle.photos[0]}: update {record['step']} is kept", xlabel="updates",
+              ylabel="PSNR of the pair, dB")
+    found = {record["row"]: q("gap", "stop", row=record["row"], **at) for record in q.select("stop", **at)
+             if "gap" in record}
+    rules = sorted(found, key=lambda rule: -found[rule].mean)
+    for y, rule in enumerate(rules):
+        gaps.plot(found[rule].values, [y] * found[rule].n, ".", color=ORANGE if rule == "pair" else GREY)
+        gaps.plot(found[rule].mean, y, "|", color="black", ms=10)
+    gaps.set_yticks(range(len(rules)), rules)
+    gaps.set_title("lost to the fit's best update, dB")
+    ends = {row: curve_of(each) for row, each in rows["guide"] if row in REGULARISED}
+    height = 0.0
+    for row, colour in zip(sorted(ends, key=lambda row: ends[row][-1]), (
+            "black", GREY, GREEN, "#CC79A7", BLUE, RED)):
+        long.plot(range(1, 1 + len(ends[row])), ends[row], color=colour)
+        height = max(height + 0.6, ends[row][-1].item())
+        long.text(1.03 * len(ends[row]), height, row, color=colour, va="center")
+    steps = len(ends[row])
+    long.set(title="C: mean PSNR of four photographs, dB", xlabel="updates", xlim=(0, 2 * steps),
+             ylim=(ends[row][-1] - 9, ends[row][-1] + 1), xticks=(0, steps // 2, steps))
+    return figure
+
+
+def plot_law(rows: dict, q: Query) -> Figure:
+    """Left: the predicted gain against the measured one. Right: where the combination of all three pays."""
+    figure = Figure((9, 4.2))
     left, right = figure.subplots(1, 2)
-    for noisy, marker, label in ((True, "o", "with noise"), (False, "^", "without noise")):
-        points = [cell for name, cell in found.items() if name.startswith("noise") == noisy]
-        predicted, measured, rho, ahead, gain = zip(*points)
-        style = {"c": rho, "vmin": 0.2, "vmax": 1, "marker": marker, "s": 28}
-        left.scatter(predicted, measured, label=label, **style)
+    for name, (predicted, measured, rho, ahead, gain) in laws(q).items():
+        style = {"c": [rho], "vmin": 0.2, "vmax": 1, "s": 26, "marker": "^o"[name.startswith("noise")]}
+        left.scatter(predicted, measured, **style)
         drawn = right.scatter(ahead, gain, **style)
+        if name in ("noise 25, hue 180, all", "80 % missing, robots, all", "hole, hue 180, all"):
+            right.annotate(name, (ahead, gain), (-90 if name[0] == "h" else 5, -10),
+                           textcoords="offset points")
     left.axline((0, 0), slope=1, color="grey", lw=0.8)
+    left.text(0.03, 0.92, "circles: with noise\ntriangles: without", transform=left.transAxes)
     right.axhline(0, color="grey", lw=0.8)
-    left.legend(fontsize=8)
-    left.set(xlabel="predicted gain over the better of DIP and diffusion, dB", ylabel="measured gain, dB")
+    left.set(xlabel="an oracle's gain over the better of DIP and diffusion, dB",
+             ylabel="gain without truth, dB")
     right.set(xlabel="diffusion − DIP, dB", ylabel="combination − best other row, dB")
     figure.colorbar(drawn, ax=right, label="ρ of the two errors")
     return figure
 
 
-def plot_curves(question: str, wanted: tuple, tasks: tuple, size: int, rows: dict):
-    """The running average over the updates, the mean over photos, for each of the wanted rows and tasks."""
-    panels = {}
-    for task, row in itertools.product(tasks, wanted):
-        curves = [job.result()["curve"][:, 0] for label, job in rows[question]
-                  if (label, job.task, job.size) == (row, task, size)]
-        panels.setdefault(task, {}).update({row: torch.stack(curves).mean(0)} if curves else {})
-    return lines(panels, "DIP updates")
+# Title → question, value, the row that the others are compared with, conditions.
+EFFECTS = {
+    "Deep image prior, its peak": ("dip", "peak", "as chosen", {"size": 48}),
+    "A. Antithetic pair": ("stop", "psnr", "as chosen", {
+        "size": 48, "rule": "", "task": "noise 25", "method": "pair"}),
+    "C. Diffusion in DIP's loss": ("guide", "psnr", "as chosen, 600 updates", {
+        "size": 48, "row": tuple(f"{row}, 600 updates" for row in OTHERS)}),
+    "B. Reverse chain in a hole, less diffusion": ("enter", "psnr", "diffusion", {"size": 96}),
+    "Rows less the combination, σ = 25": ("final", "psnr", "combination", {"task": "noise 25", "rule": ""})}
 
 
-def plot_risk(rows: dict):
-    panels = {}
-    for job in [job for row, job in rows["stop"] if (row, job.task, job.seed) == ("pair", "noise 25", 0)]:
-        result = job.result()
-        curves = {"truth": result["curve"][:, 0], "estimate": -10 * result["risks"].clamp(min=1e-5).log10()}
-        panels[f"{job.photos[0]}: stopped at {result['records'][0]['step']}"] = curves
-    return lines(panels, "updates of the pair")
+def plot_forest(rows: dict, q: Query) -> Figure:
+    """Every ablation: a dot a photograph, the mean, its interval; symmetric logarithmic scale."""
+    figure = Figure((9, 8.2))
+    for ax, titles in zip(figure.subplots(1, 2), (tuple(EFFECTS)[:3], tuple(EFFECTS)[3:])):
+        labels = []
+        for title in titles:
+            question, value, base, where = EFFECTS[title]
+            labels.append(title)
+            for row in dict.fromkeys(record["row"] for record in q.select(question, **where)):
+                found, y = q(value, question, minus={"row": base}, **where | {"row": row}), len(labels)
+                # a row that is the base under another name says nothing
+                if any(found.values):
+                    labels.append(row.removesuffix(", 600 updates"))
+                    ax.plot(found.values, [y] * found.n, ".", color=GREY, ms=4)
+                    ax.plot((found.low, found.high), (y, y), color=BLUE, lw=2)
+                    ax.plot(found.mean, y, "o", color=BLUE, ms=4)
+        ax.axvline(0, color="black", lw=0.8)
+        ax.set_xscale("symlog", linthresh=0.5)
+        ax.set_xticks((-8, -4, -2, -1, 0, 1, 2), (-8, -4, -2, -1, 0, 1, 2))
+        ax.set_yticks(range(len(labels)), labels)
+        ax.set(ylim=(len(labels), -1), xlabel="dB")
+        for text in ax.get_yticklabels():
+            text.set_fontweight("bold" if text.get_text() in titles else "normal")
+    return figure
 
 
-def plot_cats(rows: dict):
-    images = dict(rows["ddpm"])["η = 0, 50 steps"].result()["images"]
-    return gallery([[(image, "") for image in line] for line in images[:48].split(12)])
+def film(rows: dict, q: Query, count: int = 30) -> list[Image.Image]:
+    """Frames at σ = 25: the reverse chain from y, the fit of a DIP pair, both averaged with NL-Ridge."""
+    task = "noise 25"
+    photo = median_photo(q, task)
+    done = [each for row, each in rows["final"] if row in ("diffusion-pair", "ridge-pair")
+            and each.task == task and each.photos == (photo,)]
+    experts = [dip.Restoration(each.result()["image"], each.result()["facts"]) for each in done]
+    denoise, s, _ = model_of(next(each.model for each in done if each.model))
+    clean = pictures((photo,), 96).to(DEVICE)
+    problem = measured(clean, task, photo, 0)
+    t = ddpm.step_of(s, problem.sigma)
+    x = s.alpha_bar[t].sqrt().item() * ddpm.to_diffusion(problem.y)
+    chain = [ddpm.to_image(sample.x / s.alpha_bar[sample.t].sqrt().item()) for sample in ddpm.ddim(
+        denoise, s, x, count, torch.Generator(), t_start=t)]
+    tools, _ = toolbox(problem, starting(problem), None, {})
+    fit, frames = list(perform("pair", problem, tools, {"patience": 60})), []
+    for k in range(1, count + 1):
+        now = fit[k * len(fit) // count - 1]
+        pair = dip.Restoration(now.now, {"risk": now.facts["risk_now"]})
+        *_, both = hybrid.weighted(problem, [pair, *experts])
+        shown = {"reverse chain": chain[k * len(chain) // count - 1], "DIP pair": now.now,
+                 "combination": both.image}
+        tiles = torch.cat(list(shown.values()), -1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+        pixels = to_bytes(nn.functional.pad(tiles, (0, 0, 0, 16), value=1))[0].permute(1, 2, 0)
+        frame = Image.fromarray(pixels.numpy())
+        for j, (label, image) in enumerate(shown.items()):
+            text = f"{label}: {metrics.psnr(image.clamp(0, 1), clean).item():.1f} dB"
+            ImageDraw.Draw(frame).text((192 * j + 4, 194), text, "black")
+        frames.append(frame.quantize(96))
+    return frames
 
 
-FIGURES = {"answer": plot_answer, "law": plot_law, "cats": plot_cats, "risk": plot_risk,
-           "rise": functools.partial(plot_curves, "dip", ("dip",), NOISY + HIDDEN[:1], 96),
-           "guide": functools.partial(plot_curves, "guide", tuple(REGULARISED), ("noise 25",), 48)}
+FIGURES = {"answer": plot_answer, "axis": plot_axis, "baselines": plot_baselines, "stop": plot_stop,
+           "law": plot_law, "forest": plot_forest, "film": film}
+
+
+# ---------------------------------------------------------------------------------------------- the lesson
+
+# Two dimensions: three clouds on a triangle, stored as pictures of two channels and one pixel.
+CENTRES, SPREAD = torch.tensor([[0.5, 0.9], [0.15, 0.25], [0.85, 0.25]]), 0.04
+
+
+def clouds(generator: torch.Generator, n: int = 256) -> Tensor:
+    """(n, 2, 1, 1) in [0, 1]: draws from the mixture of three Gaussians of equal weight."""
+    which = torch.randint(3, (n,), generator=generator)
+    return (CENTRES[which] + SPREAD * torch.randn(n, 2, generator=generator))[..., None, None]
+
+
+def exact_denoiser(s: ddpm.Schedule) -> Callable[[Tensor, int], Tensor]:
+    """E[x0 | xt] for the mixture, (n, 2, 1, 1) in [−1, 1]: every cloud's own mean, by its posterior share."""
+    centres, spread = ddpm.to_diffusion(CENTRES), 2 * SPREAD
+
+    def denoise(xt: Tensor, t: int) -> Tensor:
+        a, x = s.alpha_bar[t].item(), xt.flatten(1)
+        off = x[:, None] - math.sqrt(a) * centres
+        variance = a * spread ** 2 + 1 - a
+        share = torch.softmax(-off.square().sum(2) / (2 * variance), 1)
+        means = centres + math.sqrt(a) * spread ** 2 / variance * off
+        return (share[..., None] * means).sum(1)[..., None, None]
+    return denoise
+
+
+class Perceptron(nn.Module):
+    """(xt, t) → v for the mixture: two hidden layers."""
+
+    def __init__(self, width: int = 96):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2 + 32, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+                                    nn.Linear(width, 2))
+
+    def forward(self, xt: Tensor, t: Tensor) -> Tensor:
+        return self.layers(torch.cat([xt.flatten(1), ddpm.time_features(t, 32)], 1))[..., None, None]
+
+
+def linear_dip(d: int = 128) -> tuple[Tensor, Tensor, Tensor]:
+    """A signal x (d,), the eigenvalues and the eigenvectors of K = Φ Φᵀ, Φ random bumps of many widths.
+
+    A gradient step in the weights of f = Φ θ moves f by K (y − f): section 1.3 of the report, exactly.
+    """
+    place, generator = torch.linspace(0, 1, d, dtype=torch.float64), seeded("features")
+    centre, width = (torch.rand(600, generator=generator, dtype=torch.float64) for _ in range(2))
+    features = torch.exp(-((place[:, None] - centre) / (0.005 * 60 ** width)) ** 2 / 2)
+    values, vectors = torch.linalg.eigh(features @ features.T)
+    x = 0.5 + 0.3 * torch.sin(6 * place) * (place > 0.4) + 0.15 * (place > 0.7)
+    return x, values / values.max(), vectors
+
+
+def rise_and_fall(x: Tensor, values: Tensor, vectors: Tensor, sigma: float, updates: list[int]) -> tuple:
+    """Closed form after so many updates: bias² and variance of the mean squared error of the fit."""
+    left = (1 - values) ** torch.tensor(updates)[:, None]
+    bias = (left * (vectors.T @ x)).square().mean(1)
+    return bias, sigma ** 2 * (1 - left).square().mean(1)
+
+
+def linear_fits(draws: int = 64, sigma: float = 0.1) -> tuple[list, dict, dict]:
+    """Updates; name → error over them, of fits to noisy copies of one signal; rule → where each fit stops."""
+    x, values, vectors = linear_dip()
+    generator, K = seeded("lesson"), vectors * values @ vectors.T
+    y = x + sigma * torch.randn(draws, len(x), generator=generator, dtype=x.dtype)
+    link, = hybrid.noising_chain(y, sigma, [0.25], generator)
+    targets, f, found = torch.stack([y, link.q, hybrid.opposite(y, link).q]), torch.zeros(()), []
+    updates = sorted({round(10 ** (k / 20)) for k in range(85)})
+    for k in range(1, updates[-1] + 1):
+        f = f + (targets - f) @ K
+        if k in updates:
+            found.append(f)
+    plain, f, g = torch.stack(found).unbind(1)
+    bias, variance = rise_and_fall(x, values, vectors, sigma, updates)
+    curves = {"bias²": bias, "variance": variance, "measured": (plain - x).square().mean((1, 2))}
+    risks = torch.tensor([[hybrid.pair_risk(f[k, b], g[k, b], y[b], sigma, hybrid.Link(link.S, link.q[b]))
+                           for b in range(draws)] for k in range(len(updates))])
+    misfit = (plain - y).square().mean(2) > sigma ** 2
+    steps = torch.tensor(updates)
+    return updates, curves, {"discrepancy": steps[misfit.sum(0)], "unbiased risk": steps[risks.argmin(0)]}
+
+
+def least_of_two(a: float, b: float, rho: float) -> float:
+    """The law of combination for two estimates with errors a, b and correlation rho."""
+    c = rho * math.sqrt(a * b)
+    w = min(1.0, max(0.0, (b - c) / (a + b - 2 * c)))
+    return w ** 2 * a + (1 - w) ** 2 * b + 2 * w * (1 - w) * c
+
+
+def average_of_two(a: float, b: float, rho: float, d: int = 100_000) -> float:
+    """The error of the best average of two Gaussian estimators, found from errors and distance alone."""
+    first, other = torch.randn(2, d, generator=seeded("law", rho), dtype=torch.float64)
+    images = [math.sqrt(a) * first, math.sqrt(b) * (rho * first + math.sqrt(1 - rho ** 2) * other)]
+    w, _ = hybrid.least_on_simplex(hybrid.moments(images, [a, b]))
+    return (w @ torch.stack(images)).square().mean().item()
+
+
+def lesson() -> None:
+    """Draw out/lesson.png: both mechanisms, and the law, where the exact answer is known. A minute."""
+    s, generator = ddpm.cosine(1000), seeded("lesson")
+    torch.manual_seed(0)
+    for state in tqdm(ddpm.train(Perceptron(), s, clouds, ddpm.v_head, 6000, generator), total=6000):
+        pass
+    models = (exact_denoiser(s), GREY), (ddpm.denoiser(state.ema, s, ddpm.v_head), ORANGE)
+    figure = Figure((9, 6.2))
+    (score, chain, short), (fits, stopped, law) = figure.subplots(2, 3)
+    side, t = torch.linspace(-1.2, 1.2, 11), 400
+    grid, a = torch.cartesian_prod(side, side)[..., None, None], s.alpha_bar[t].item()
+    for (denoise, colour), width in zip(models, (0.012, 0.005)):
+        # Tweedie's formula: the score is (√ᾱ x̂₀ − x)/(1 − ᾱ)
+        arrows = (math.sqrt(a) * denoise(grid, t) - grid).flatten(1) / (1 - a)
+        score.quiver(*grid.flatten(1).T, *arrows.T, color=colour, width=width)
+    score.set_title(f"score at t = {t}: exact (grey), learnt (orange)")
+    for ax, steps in ((chain, 50), (short, 3)):
+        for denoise, colour in models:
+            start = torch.randn(400, 2, 1, 1, generator=seeded("start"))
+            *_, end = ddpm.ddim(denoise, s, start, steps, generator)
+            ax.scatter(*end.x.flatten(1).T, s=4, color=colour)
+        ax.set(title=f"ends of chains of {steps} steps", xlim=(-1.3, 1.3), ylim=(-1.3, 1.3))
+    updates, curves, stops = linear_fits()
+    fits.loglog(updates, curves["bias²"] + curves["variance"], color=GREY)
+    for (label, curve), colour, at in zip(curves.items(), (BLUE, GREEN, "black"), (
+            (200, 5e-4), (1, 6e-4), (200, 4e-3))):
+        fits.loglog(updates, curve, "." if label == "measured" else "-", color=colour, ms=3)
+        fits.text(*at, label, color=colour)
+    fits.set(ylim=(1e-4, 0.03), title="linear DIP: mean squared error over updates")
+    best = updates[int(curves["measured"].argmin())]
+    stopped.axvline(best, color="black")
+    stopped.text(0.4, 0.7, f"best on average: {best}", transform=stopped.transAxes)
+    for (rule, found), colour, height in zip(stops.items(), (RED, ORANGE), (0.9, 0.8)):
+        stopped.hist(found.clamp(max=295), bins=[*range(10, 300, 10)], color=colour, alpha=0.7)
+        stopped.text(0.4, height, f"{rule}: mean {found.float().mean():.0f}", color=colour,
+                     transform=stopped.transAxes)
+    stopped.set_title("where two rules stop 64 fits (last bar: later)")
+    rhos = [k / 20 for k in range(-8, 20)]
+    for b, colour in ((1.0, BLUE), (2.0, GREEN), (4.0, RED)):
+        law.plot(rhos, [decibels(least_of_two(1, b, rho)) for rho in rhos], color=colour)
+        law.plot(rhos[::3], [decibels(average_of_two(1, b, rho)) for rho in rhos[::3]], ".", color=colour)
+        law.text(0.6, 0.95 - 0.1 * b, f"error ratio {b:.0f}", color=colour, transform=law.transAxes)
+    law.set_title("gain of the best average, dB, over ρ")
+    keep_drawing(figure, OUT["full"] / "lesson")
 
 
 # ------------------------------------------------------------------------------------------------ the report
 
-def make_all(scale: str = "full", jobs: int = 0, reuse: bool = False) -> None:
+def make_all(scale: str = "full", jobs: int = 0, reuse: int = 0) -> None:
     """Compute what is missing, then records, figures, report. reuse: trust committed records that fit."""
     rows, committed = rows_of(scale), {}
-    for path in OUT[scale].glob("*.json") if reuse else ():
-        for record in json.loads(path.read_text())["records"]:
+    for question in rows if reuse else ():
+        path = OUT[scale] / f"{question}.json"
+        for record in json.loads(path.read_text("utf-8"))["records"] if path.exists() else ():
             committed.setdefault(record["key"], []).append(record)
     todo = [job for asked in rows.values() for _, job in asked if job.key not in committed]
     compute(todo, jobs or os.cpu_count())
@@ -1357,15 +1666,23 @@ def make_all(scale: str = "full", jobs: int = 0, reuse: bool = False) -> None:
 
 
 def make_figures(scale: str = "full") -> None:
-    """Draw the figures whose jobs are in the cache."""
-    rows = rows_of(scale)
+    """Draw the figures whose jobs are in the cache; the others stay as they are."""
+    rows, q = rows_of(scale), read_records(scale)
     for name, draw in FIGURES.items():
         try:
-            figure = draw(rows)
+            keep_drawing(draw(rows, q), OUT[scale] / name)
         except FileNotFoundError:
-            print(f"{name}.png stays as it is: .cache does not have its jobs")
-            continue
-        write(OUT[scale] / f"{name}.png", lambda path: figure.savefig(path, metadata={"Software": None}))
+            print(f"{name} stays as it is: .cache does not have its jobs")
+
+
+def keep_drawing(drawn, path: Path) -> None:
+    """A figure as .png, a list of frames as .gif."""
+    if isinstance(drawn, Figure):
+        write(path.with_suffix(".png"), functools.partial(drawn.savefig, metadata={"Software": None}))
+    else:
+        pauses = [120] * (len(drawn) - 1) + [3000]
+        write(path.with_suffix(".gif"), functools.partial(
+            drawn[0].save, save_all=True, append_images=drawn[1:], duration=pauses, loop=0))
 
 
 FORMATS = {"psnr": 2, "ssim": 3, "law": 2, "rho": 2, "gap": 3, "last": 2, "seconds": 1, "updates": 0,
@@ -1373,11 +1690,26 @@ FORMATS = {"psnr": 2, "ssim": 3, "law": 2, "rho": 2, "gap": 3, "last": 2, "secon
            "unseen": 2}
 
 
+def between(page: str, mark: str, text: str) -> str:
+    """A page with a text between its two marks."""
+    return re.sub(f"(?s)(?<=<!-- {mark} -->\n).*?(?=<!-- /{mark} -->)", lambda _: text + "\n", page)
+
+
+def with_answer(page: str, q: Query) -> str:
+    rows = ("classical", "DIP", "three DIPs", "diffusion", "combination")
+    columns = {row: f"psnr:m.2f of {row}" for row in rows}
+    columns |= {"gain": "gain alone:.2f", "better on": "gain alone:k"}
+    return between(page, "answer", q.table("final", columns, lines={task: {"task": task} for task in FIVE}))
+
+
 def make_report(scale: str = "full") -> None:
-    """Render REPORT.md and out/TABLES.md from the records in out/, without computing."""
+    """Render REPORT.md, out/TABLES.md and README.md's table from the records in out/, without computing."""
     q, columns = read_records(scale), {name: f"{name}:.{digits}f" for name, digits in FORMATS.items()}
-    text = render((ROOT / "REPORT.in.md").read_text(), q, check_claims=scale == "full")
+    columns = {"pictures": "psnr:n"} | columns
+    text = render((ROOT / "REPORT.in.md").read_text("utf-8"), q, check_claims=scale == "full")
     write(ROOT / "REPORT.md" if scale == "full" else OUT[scale] / "REPORT.md", text)
+    if scale == "full":
+        write(ROOT / "README.md", with_answer((ROOT / "README.md").read_text("utf-8"), q))
     parts = ["# Every row in full", "Means over photographs [95 % intervals]; written by `make report`."]
     for question, ask in QUESTIONS.items():
         parts.append(f"## {question}: {ask.__doc__}")
@@ -1389,144 +1721,331 @@ def make_report(scale: str = "full") -> None:
 
 # -------------------------------------------------------------------------------------------- a user's photo
 
-PIXELS = 4_000_000
+# a pair of DIPs takes about 6 kB a pixel, eight chains of a model a little more
+PIXELS = min(4_000_000, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 12000)
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
+# the EXIF tag "software" of what this program writes
+MARK = Image.Exif()
+MARK[0x131] = "DDPM and Deep Image Prior, from scratch"
 
 
-def read_image(path: str) -> Tensor:
-    """PNG, JPEG, WebP, TIFF → (1, 1 or 3, H, W) in [0, 1]; EXIF turned, transparency over white."""
+def at_home(path: str) -> Path:
+    """A path whose ~ is a home folder, if there is one."""
+    return Path(os.path.expanduser(path))
+
+
+def opened(path: str, limit: int) -> Image.Image:
+    """A picture, turned as its EXIF block says, its colours in sRGB."""
+    place = at_home(path)
+    check(os.path.isfile(place), f"{path} is not there or not a file: check the name")
+    # Pillow's own limit says nothing of ours
+    Image.MAX_IMAGE_PIXELS = None
     try:
-        image = ImageOps.exif_transpose(Image.open(path))
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        if image.mode.startswith(("I", "F")):
-            pixels = to_tensor(np.asarray(image, np.float32) / (1 if image.mode == "F" else 65535) * 255)
-        else:
-            pixels = to_tensor(image.convert("L" if image.mode in ("1", "L") else "RGB"))
-    except FileNotFoundError:
-        raise Refusal(f"there is no file {path}: check the name")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        image = Image.open(place)
+        check(image.width * image.height <= limit, f"{path} has {image.width} × {image.height} pixels: "
+              f"resize it, to {limit:,} in all at most")
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+            print(f"{path} has {image.n_frames} frames: the first is taken")
+        image.load()
+    except Refusal:
+        raise
+    except Exception as error:
         raise Refusal(f"{path} cannot be read as an image ({error}): convert it to PNG or JPEG")
-    height, width = pixels.shape[-2:]
+    # a broken EXIF block or colour profile is no reason to refuse the picture
+    with contextlib.suppress(Exception):
+        image = ImageOps.exif_transpose(image)
+    with contextlib.suppress(Exception):
+        profile, alpha = image.info.get("icc_profile"), "A" in image.mode or "transparency" in image.info
+        if image.mode in ("P", "PA", "LA") or image.mode in ("L", "RGB") and alpha:
+            image = image.convert("RGBA" if alpha else "RGB")
+        if profile and image.mode in ("L", "RGB", "RGBA", "CMYK"):
+            image = ImageCms.profileToProfile(
+                image, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"),
+                outputMode="RGBA" if image.mode == "RGBA" else "RGB")
+    return image
+
+
+def read_image(path: str, limit: int = PIXELS) -> Tensor:
+    """PNG, JPEG, WebP, TIFF → (1, 1 or 3, H, W) in [0, 1]; transparency over white, grey stays grey."""
+    image = opened(path, limit)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode.startswith(("I;16", "F")):
+        values = np.asarray(image, np.float32)
+        check(image.mode == "F" or values.max() >= 4096,
+              f"{path} uses less than a tenth of its 16 bits: convert it to 8 bits or to their full range")
+        pixels = to_tensor(values / (1 if image.mode == "F" else 65535) * 255)
+    else:
+        check(image.mode != "I", f"{path} has 32-bit integers of unknown range: convert it to 8 or 16 bits")
+        pixels = to_tensor(image.convert("L" if image.mode in ("1", "L") else "RGB"))
     check(pixels.isfinite().all() and 0 <= pixels.min() and pixels.max() <= 1,
           f"{path} has pixels that are not numbers in [0, 1]: convert it to an 8- or 16-bit image")
-    check(min(height, width) >= 16 and height * width <= PIXELS,
-          f"{path} has {width} × {height} pixels: resize it, to sides of 16 and {PIXELS:,} in all at most")
-    return pixels
+    short, long = sorted(pixels.shape[-2:])
+    check(16 <= short and (long <= 4000 or limit > PIXELS),
+          f"{path} has sides of {short} and {long} pixels: resize it, to sides of 16 to 4,000")
+    return pixels[:, :1] if (pixels == pixels[:, :1]).all() else pixels
 
 
-def number(text: str, name: str, low: float, high: float) -> float:
-    fits = re.fullmatch(r"[\d.eE+-]+", text) and text.count(".") < 2 and low <= float(text) <= high
-    check(fits, f"{name}={text} is not a number from {low:g} to {high:g}")
-    return float(text)
+def read_mask(path: str) -> Tensor:
+    """(1, 1, H, W): 1 where a mask is near-white and opaque. In one colour, its transparency alone counts."""
+    image = opened(path, PIXELS)
+    if image.mode.startswith(("I", "F")):
+        values, opaque = np.asarray(image, np.float32), 1.0
+        white = values.max()
+    else:
+        rgba = np.asarray(image.convert("RGBA"), np.float32)
+        values, opaque = rgba[..., :3].min(2), rgba[..., 3] / 255
+        values = np.full_like(values, 255) if values.min() == values.max() and opaque.min() < 1 else values
+        # a mask of zeros and ones is black and nearly black to the eye
+        white = 1 if values.max() == 1 else 255
+    known = (values > 0.95 * white) & (opaque > 0.95)
+    return torch.from_numpy(known)[None, None].float()
 
 
-def users_problem(image: str, task: str, sigma: str, mask: str, factor: str) -> dip.Problem:
-    """What the user measured."""
-    check(image and task in ("denoise", "inpaint", "superres"),
+def ours(path: Path) -> bool:
+    """Was this picture written by this program?"""
+    with contextlib.suppress(Exception), Image.open(path) as image:
+        return MARK[0x131].encode() in image.info.get("exif", b"")
+    return False
+
+
+def images_in(folder: str) -> list[Path]:
+    """The pictures of a folder, without hidden files and without what this program wrote."""
+    return sorted(path for path in at_home(folder).iterdir() if path.suffix.lower() in PICTURES
+                  and path.is_file() and not path.name.startswith(".") and not ours(path))
+
+
+@functools.lru_cache(500)
+def reduced(path: Path) -> Tensor:
+    """(3, H, W) bytes: a picture to learn from, its short side reduced to 512 at most; refused under 64."""
+    image = read_image(str(path), limit=10 ** 8).expand(-1, 3, -1, -1)
+    shorter = min(image.shape[-2:])
+    check(shorter >= 64, "too small")
+    return to_bytes(nn.functional.avg_pool2d(image, -(-shorter // 512)))[0]
+
+
+class Folder(UserList):
+    """Paths of pictures, read when they are asked for: (3, H, W) in [0, 1]."""
+
+    def __getitem__(self, i: int) -> Tensor:
+        return reduced(self.data[i]).float() / 255
+
+
+def users_photos(folder: str) -> Folder:
+    """The pictures of a folder that are fit to learn from; the others are named."""
+    paths, found = images_in(folder), Folder()
+    for path in paths:
+        with contextlib.suppress(Refusal):
+            reduced(path)
+            found.append(path)
+    if left_out := [path.name for path in paths if path not in found.data]:
+        print(f"left out, as broken, too large or with sides under 64 pixels: {', '.join(left_out)}")
+    return found
+
+
+def number(text: str, name: str, low: float, high: float, whole: bool = False) -> float:
+    fits = re.fullmatch(r"\d+" if whole else r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text)
+    check(fits and low <= float(text) <= high,
+          f"{name}={text} is not a {'whole ' * whole}number from {low:,} to {high:,}")
+    return int(text) if whole else float(text)
+
+
+def users_noise(y: Tensor, image: str, sigma: str) -> tuple[float, bool]:
+    """The noise level that the user believes or that is estimated; does something speak against it?"""
+    guess, coarse = metrics.noise_level(y), 2 * metrics.noise_level(nn.functional.avg_pool2d(y, 2))
+    level = number(sigma, "SIGMA", 0.5, 255) / 255 if sigma else guess
+    print(f"noise: sigma {255 * level:.1f} of 255" + (
+        f" (the photo looks like {255 * guess:.1f})" if sigma else " (estimated)"))
+    check(level >= 0.5 / 255, "no noise was found in this photo: give SIGMA=… (0.5 to 255) if there is some")
+    cut = ((y == 0) | (y == 1)).float().mean().item()
+    doubts = {
+        "SIGMA is far from what the photo looks like": max(level, guess) > 1.5 * min(level, guess) + 1 / 255,
+        "this file is compressed, and its noise no longer white":
+            Image.open(at_home(image)).format in ("JPEG", "MPO", "WEBP"),
+        "the noise is not independent from pixel to pixel (enlarged? compressed?), or there is hardly any":
+            coarse > 2 * guess,
+        f"{100 * cut:.0f} % of the values are 0 or 255, where noise is cut": cut > 0.02}
+    for doubt in (doubt for doubt, holds in doubts.items() if holds):
+        print(f"careful: {doubt}; the estimates of noise and error may be wrong")
+    return level, any(doubts.values())
+
+
+def users_problem(image: str, task: str, sigma: str, mask: str, factor: str) -> tuple[dip.Problem, bool]:
+    """What the user measured; are its noise level and so all estimated errors doubtful?"""
+    uses = {"denoise": "SIGMA", "inpaint": "MASK", "superres": "FACTOR"}
+    check(image and task in uses,
           f"restore needs IMAGE=… and TASK=denoise, inpaint or superres, got IMAGE={image} TASK={task}")
+    for name, given in (("SIGMA", sigma), ("MASK", mask), ("FACTOR", factor)):
+        check(not given or name == uses[task], f"TASK={task} has no use for {name}={given}: leave it out")
     y = read_image(image).to(DEVICE)
     if task == "denoise":
-        level = number(sigma, "SIGMA", 0.5, 255) / 255 if sigma else metrics.noise_level(y)
-        print(f"noise: sigma {255 * level:.1f} of 255" + ("" if sigma else " (estimated)"))
-        check(level >= 0.5 / 255, "no noise was found in this photo: give SIGMA=… (0…255) if there is some")
-        return dip.Problem(y, dip.identity(), level)
+        level, doubtful = users_noise(y, image, sigma)
+        return dip.Problem(y, dip.identity(), level), doubtful
     if task == "superres":
-        k = int(number(factor or "2", "FACTOR", 2, 8))
+        k = number(factor or "2", "FACTOR", 2, 8, whole=True)
         check(y[0, 0].numel() * k ** 2 <= PIXELS, f"more than {PIXELS:,} pixels: take a smaller FACTOR")
-        return dip.Problem(y, dip.downsample(k))
+        return dip.Problem(y, dip.downsample(k)), False
     check(mask, "inpaint needs MASK=…, an image of the same size that is white where pixels are known")
-    known = (read_image(mask).mean(1, keepdim=True) > 0.5).float().to(DEVICE)
+    known = read_mask(mask).to(DEVICE)
     check(known.shape[-2:] == y.shape[-2:], "the mask and the photo differ in size: make them equal")
-    check(0 < known.mean() < 1, "the mask is all white or all black: paint what is missing black, else white")
-    return dip.Problem(y * known, dip.mask(known))
+    check(10 <= known.sum() < known.numel(), "the mask is all white, or black but for a few pixels: paint"
+          " what is missing black, the rest white")
+    missing = int(known.numel() - known.sum().item())
+    print(f"{missing} of {known.numel()} pixels are missing: all that are not near-white and opaque" + (
+        "; if you meant the others, invert the mask" if missing > known.numel() / 2 else ""))
+    return dip.Problem(y * known, dip.mask(known)), False
 
 
-def users_target(out: str, default: Path) -> Path:
-    target = Path(out) if out else default
-    check(target.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and target.parent.is_dir(),
-          f"cannot write {target}: OUT needs an existing folder and the ending .png, .jpg or .webp")
-    return target
+def users_targets(out: str, default: Path, image: str, endings: tuple = ("",)) -> list[Path]:
+    """Where to write, tried before any work is done; only results of this program are replaced."""
+    target = at_home(out) if out else default
+    check(target.suffix.lower() in (".png", ".jpg", ".jpeg") and target.parent.is_dir(),
+          f"cannot write {target}: OUT needs an existing folder and the ending .png or .jpg")
+    targets = [target.with_name(f"{target.stem}{ending}{target.suffix}") for ending in endings]
+    for each in targets:
+        photo_itself = image and os.path.exists(each) and os.path.samefile(each, at_home(image))
+        check(not os.path.lexists(each) or ours(each) and not photo_itself,
+              f"{each} exists and is the photo itself or no result of this program: choose another OUT")
+    probe = target.with_name(f"{target.stem}-before-after.{os.getpid()}.tmp{target.suffix}")
+    try:
+        # as much as the largest result may take
+        probe.write_bytes(bytes(6 * PIXELS))
+    except OSError as error:
+        raise Refusal(f"cannot write {target} ({error.strerror}): choose another OUT")
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+    return targets
 
 
-def users_model(images: str, steps: int) -> Job:
+def users_model(images: str, train_steps: str) -> Job:
     """The photo model, or one of the user's own images."""
+    check(images or not train_steps, "TRAIN_STEPS needs IMAGES=folder, the pictures to learn from")
     if not images:
         return PHOTOS[GROUPS[0]][-1]
-    check(Path(images).is_dir() and images_in(images), f"no images in a folder {images}: give IMAGES=folder")
-    check(training_photos(images), f"no image in {images} has sides of at least 64 pixels: add larger ones")
-    stamp = sha([(path.name, path.stat().st_size) for path in images_in(images)])
-    return chain(str(Path(images).resolve()), steps or 5000, stamp=stamp)[-1]
+    steps = number(train_steps or "5000", "TRAIN_STEPS", 16, 10 ** 6, whole=True)
+    paths = images_in(images) if at_home(images).is_dir() else []
+    check(paths, f"no pictures to learn from in a folder {images} (results of this program do not count): "
+          f"give IMAGES=folder, with {', '.join(PICTURES)}")
+    stamp = sha([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths])
+    model = chain(str(at_home(images).resolve()), steps, stamp=stamp)[-1]
+    check(model.done() or users_photos(images),
+          f"no image in {images} has sides of at least 64 pixels: add larger ones")
+    return model
 
 
-def train_on(images: str = "", out: str = "", train_steps: int = 0) -> None:
+def train_on(images: str = "", out: str = "", train_steps: str = "") -> None:
     """Train a photo model on a folder of images, keep it in the cache, and draw 16 samples."""
-    target = users_target(out, Path("samples.png"))
-    drawn = job("sample", "photos", model=users_model(images or "IMAGES", train_steps), n=16, steps=20)
+    model = users_model(images or "IMAGES", train_steps)
+    default = Path(f"{at_home(images).resolve().name}-samples.png")
+    target, = users_targets(out, default, "")
+    drawn = job("sample", "photos", model=model, n=16, steps=20)
     compute([drawn], 1)
     lines = [torch.cat(list(line), -1) for line in drawn.result()["images"].split(4)]
     save_picture(torch.cat(lines, -2)[None] / 255, target)
-    print(f"{target} written; restore with METHOD=diffusion IMAGES={images}")
+    print(f"{target} written; restore with METHOD=diffusion IMAGES={images}"
+          + f" TRAIN_STEPS={train_steps}" * bool(train_steps))
 
 
-def restore(image="", task="", method="dip", sigma="", mask="", factor="", out="", images="", samples="",
-            steps=0, train_steps=0) -> None:
+def restore(image="", task="", method="auto", sigma="", mask="", factor="", out="", images="", samples="",
+            steps="", train_steps="") -> None:
     """Restore a photo by a method of METHODS; the result and a before/after picture go beside it."""
-    problem, began = users_problem(image, task, sigma, mask, factor), time.perf_counter()
+    (problem, doubtful), began = users_problem(image, task, sigma, mask, factor), time.perf_counter()
     about = {name: known.about for name, known in METHODS.items() if known.noise in (None, problem.sigma > 0)}
-    check(method in about, f"METHOD={method} is not a method for TASK={task}: choose "
+    check(method in (*about, "auto"), f"METHOD={method} is not a method for TASK={task}: choose auto, "
           + ", ".join(f"{name} ({text})" for name, text in about.items()))
-    target = users_target(out, Path(image).with_name(f"{Path(image).stem}-restored.png"))
-    count = int(number(samples or "1", "SAMPLES", 1, 64))
+    count = number(samples or "1", "SAMPLES", 1, 64, whole=True)
+    check(count == 1 or "samples" in names(method, settings=True) and not problem.sigma,
+          f"SAMPLES is for METHOD=diffusion without noise: METHOD={method} has one result, leave it out")
+    check(count * math.prod(problem.shape[-2:]) <= PIXELS, "too many pixels: take fewer SAMPLES")
+    place, endings = at_home(image), tuple(f"-{i + 1}" for i in range(count) if count > 1)
+    # photo.png beside photo.jpg: the results of both keep their names apart
+    twins = [path for path in place.parent.iterdir() if path.stem == place.stem and path.name != place.name
+             and path.suffix.lower() in PICTURES]
+    default = place.with_name(f"{place.name if twins else place.stem}-{task}-{method}.png")
+    targets = users_targets(out, default, image, ("", "-before-after", *endings))
     problem = problem._replace(y=problem.y.repeat_interleave(count, 0))
-    settings = ({"steps": steps} if steps else {}) | ({"samples": 1} if count > 1 else {})
-    found = for_user(method, problem, settings, lambda: users_model(images, train_steps))
+    settings = {"steps": number(steps, "STEPS", 1, 10 ** 6, whole=True)} if steps else {}
+    settings |= {"samples": 1} if count > 1 else {}
+    chosen = {"auto": "weighted" if problem.sigma else "stacked"}.get(method, method)
+    wanted = needs_model(chosen)
+    check(wanted or not images, f"METHOD={method} uses no model: leave IMAGES out")
+    trained = users_model(images, train_steps)
+    if method == "auto" and not images and not trained.done():
+        trained = None
+    compute([trained] if wanted and trained else [], 1)
+    found = for_user(chosen, problem, settings, trained)
     mean, before = found.image.mean(0, keepdim=True), problem.operator.pinv(problem.y[:1])
-    written = {"": mean, "-before-after": torch.cat([before, torch.ones_like(mean[..., :8]), mean], -1)}
-    written |= {f"-{i + 1}": sample[None] for i, sample in enumerate(found.image) if count > 1}
-    for ending, picture in written.items():
-        save_picture(picture, target.with_name(f"{target.stem}{ending}{target.suffix}"))
-    if "expected" in found.facts:
-        print(f"expected PSNR {-10 * math.log10(max(found.facts['expected'][0], 1e-6)):.1f} dB")
-    print(f"{target} written, with its comparison, {time.perf_counter() - began:.0f} s")
+    compared = torch.cat([before, torch.ones_like(mean[..., :8]), mean], -1)
+    for target, picture in zip(targets, (mean, compared, *found.image.split(1))):
+        save_picture(picture, target)
+    expected = found.facts.get("expected", found.facts.get("risk", [math.nan]))[0]
+    # what the unknown energy of the noise alone moves
+    doubt = 2 * problem.sigma ** 2 * math.sqrt(2 / problem.y[0].numel())
+    if expected <= doubt:
+        print("the estimated error cannot be told from zero: the photo is very smooth, or SIGMA too large")
+    elif expected > doubt and not doubtful:
+        print(f"expected PSNR {decibels(expected):.1f} dB")
+    print(f"{targets[0]} written, with its comparison, {time.perf_counter() - began:.0f} s")
 
 
-def for_user(method: str, problem: dip.Problem, settings: dict, model: Callable, start=0, blind=False
+def needs_model(method: str) -> bool:
+    return "model" in names(method) or any(needs_model(name) for name, _ in METHODS[method].experts)
+
+
+def for_user(method: str, problem: dip.Problem, settings: dict, model: Optional[Job], start=0, blind=False
              ) -> dip.Restoration:
-    """What a method delivers, after the methods that it builds on; a model is trained if needed."""
+    """What a method delivers, after those it builds on; no model: experts that need one are left out."""
     problem = problem.without(unseen_of(problem)) if blind else problem
-    experts = [for_user(expert, problem, settings, model, **more) for expert, more in METHODS[method].experts]
-    trained = model() if "model" in names(method) else None
-    compute([trained] if trained else [], 1)
-    settings = {name: value for name, value in settings.items() if name in names(method)}
+    called = [(name, more) for name, more in METHODS[method].experts if model or "model" not in names(name)]
+    experts = [for_user(name, problem, settings, model, **more) for name, more in called]
+    settings = {name: value for name, value in settings.items() if name in names(method, settings=True)}
+    trained = model if "model" in names(method) else None
     tools, _ = toolbox(problem, starting(problem, 0, start), trained, settings)
     for found in tqdm(perform(method, problem, tools | {"experts": experts}, settings), desc=method):
         pass
+    if "weights" in found.facts and experts:
+        shares = zip(called, found.facts["weights"][0])
+        print("weights: " + ", ".join(f"{name} {share:.2f}" for (name, _), share in shares)
+              + f"; no model yet, so none took part (METHOD={method} trains one)" * (not model))
     return found
 
 
 def save_picture(x: Tensor, path: Path) -> None:
+    """An image (1, 1 or 3, H, W) as PNG or JPEG, marked as ours."""
     pixels = to_bytes(x)[0].permute(1, 2, 0).numpy()
-    write(path, Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save)
+    image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+    write(path, functools.partial(image.save, exif=MARK, quality=100, keep_rgb=True))
 
 
 # ---------------------------------------------------------------------------------------------- command line
 
 def command_line() -> None:
-    """python experiments.py COMMAND [name=value …], the arguments of one of five functions."""
-    commands = {"all": make_all, "report": make_report, "figures": make_figures} | {
-        "train": train_on, "restore": restore}
-    # One thread: two programs of two threads each would wait for one another in busy loops.
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    """python experiments.py COMMAND [name=value …], the arguments of one of six functions."""
+    commands = {"all": make_all, "report": make_report, "figures": make_figures, "lesson": lesson,
+                "train": train_on, "restore": restore}
+    sys.stdout.reconfigure(errors="backslashreplace")
+    command, *given = sys.argv[1:] or [""]
     try:
-        command, *given = sys.argv[1:] or [""]
+        # One thread: two programs of two threads each would wait for one another in busy loops.
+        threads = os.environ.get("OMP_NUM_THREADS") or "1"
+        torch.set_num_threads(number(threads.split(",")[0], "OMP_NUM_THREADS", 1, 999, whole=True))
         check(command in commands, f"{command or 'nothing'} is not a command: choose {', '.join(commands)}")
         known = inspect.signature(commands[command]).parameters
         options = dict(text.partition("=")[::2] for text in given)
-        check(set(options) <= set(known), f"{command} takes {'=…, '.join(known)}=…, got {', '.join(given)}")
+        check(set(options) <= set(known) and len(options) == len(given),
+              f"{command} takes {'=…, '.join(known)}=…, each once, got {', '.join(given)}")
         # an empty value is the default, as in `make restore` without SIGMA
-        commands[command](**{name: type(known[name].default)(text) for name, text in options.items() if text})
-    except (Refusal, KeyboardInterrupt, ValueError) as error:
-        sys.exit(f"error: {error or 'interrupted'}")
+        commands[command](**{
+            name: number(text, name, 0, 999, whole=True) if isinstance(known[name].default, int) else text
+            for name, text in options.items() if text})
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted")
+    except Exception as error:
+        # a bug in the experiments shows where it is
+        if command not in ("restore", "train") and not isinstance(error, (Refusal, OSError)):
+            raise
+        sys.exit(f"error: {str(error) or 'not enough memory: take a smaller picture'}")
 
 
 if __name__ == "__main__":

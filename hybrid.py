@@ -4,7 +4,8 @@ Read in order: noise stages that tell DIP when to stop → combining finished im
 the reverse chain, and DIP in it → a diffusion model in DIP's loss.
 
 Notation (besides that of ddpm.py and dip.py)
-    y = x + n     a noisy photo, n ~ N(0, σ² I): itself a state of the forward process, where σ_t = σ
+    y = x + n     a noisy photo, n ~ N(0, σ² I): up to scale a state of the forward process, where σ_t = σ
+    ξ             fresh N(0, I) noise, independent of n
     q = y + S ξ   a noisier state of the same process, where σ_t² = σ² + S²
     d             number of values in one image
     r             mean squared error of an estimate, ‖f − x‖²/d; its estimates are called risks
@@ -35,9 +36,9 @@ class Link(NamedTuple):
 
 
 def noising_chain(y: Tensor, sigma: float, ratios: Sequence[float], generator: torch.Generator) -> list[Link]:
-    """The forward process continued from y to S = ratio · sigma, nested: q_k = q_{k−1} + s_k ξ_k.
+    """The forward process continued from y to S = ratio · sigma, nested: q_k = q_{k−1} + s_k ξ_k, q_0 = y.
 
-    Raises ValueError unless the ratios are positive and rise.
+    s_k² = S_k² − S_{k−1}². Raises ValueError unless sigma and the ratios are positive and the ratios rise.
     """
     chain, q, S = [], y, 0.0
     for ratio in ratios:
@@ -58,12 +59,12 @@ def equal_steps(s: ddpm.Schedule, sigma: float, n: int = 4, high: float = 2.0, l
 
 
 def recorrupted_target(y: Tensor, sigma: float, link: Link) -> Tensor:
-    """c = y − (σ²/S²)(q − y): given x, independent of q and of all later links (Pang et al. 2021)."""
+    """c = y − (σ²/S²)(q − y): given x, independent of q and of all noisier links (Pang et al. 2021)."""
     return y - (sigma / link.S) ** 2 * (link.q - y)
 
 
 def risk(f: Tensor, y: Tensor, sigma: float, link: Link) -> float:
-    """‖f − c‖²/d − σ²(1 + σ²/S²): unbiased for ‖f − x‖²/d if f was made of q and later links alone."""
+    """‖f − c‖²/d − σ²(1 + σ²/S²): unbiased for ‖f − x‖²/d if f was made of q and noisier links alone."""
     own_noise = sigma ** 2 * (1 + (sigma / link.S) ** 2)
     return (f - recorrupted_target(y, sigma, link)).square().mean().item() - own_noise
 
@@ -78,8 +79,9 @@ def pair_risk(f: Tensor, g: Tensor, y: Tensor, sigma: float, link: Link) -> floa
 
     By the parallelogram law on the two errors, ‖(a+b)/2‖² = ‖a‖²/2 + ‖b‖²/2 − ‖a−b‖²/4. Multiplied out it is
     SURE (Stein 1981) with the divergence as a central difference of step S, but unbiased for any S: the
-    two-fold case of antithetic Gaussian randomisation (Liu, Panigrahi & Soloff 2024). The last term has mean
-    zero and takes away noise that all steps share.
+    two-fold case of antithetic Gaussian randomisation (Liu, Panigrahi & Soloff 2024). What is subtracted
+    last, (σ/S)⁴ (‖q − y‖²/d − S²), has mean zero: it removes noise of ξ that is the same at every update. The
+    result may be negative.
     """
     halves = risk(f, y, sigma, link) / 2 + risk(g, y, sigma, opposite(y, link)) / 2
     shared = (sigma / link.S) ** 4 * ((link.q - y).square().mean().item() - link.S ** 2)
@@ -90,11 +92,11 @@ def expected_error(value: float, f: Tensor, g: Tensor, y: Tensor, sigma: float, 
                    ratio: float = 1.15, spread: float = 0.11) -> float:
     """`value`, the `pair_risk` of f and g, made steadier by a divergence-based estimate of the same error.
 
-    The unbiased estimate scatters by σ²√(2/d), as |n|²/d does. A posterior mean has the error σ² ·
-    divergence / d (REPORT, section 1.4), and the divergence, a finite difference here, hardly scatters. DIP
-    is no posterior mean, but on development photos its error at the stop was `ratio` ± `spread` times that.
-    The two are mixed by inverse variance, as if independent. Early in a fit the second is far off; so half
-    the distance between them counts as doubt about it, too.
+    The unbiased estimate scatters by σ²√(2/d), as |n|²/d does. A posterior mean has the error σ² · divergence
+    / d (REPORT, section 1.4), and the divergence, a finite difference here, hardly scatters. DIP is no
+    posterior mean, but on development photos its error at the stop was `ratio` ± `spread` times that (this
+    ratio is not S/σ). The two are mixed by inverse variance, as if independent: heuristic. Early in a fit the
+    second is far off; so half the distance between them counts as doubt about it, too.
     """
     noise = link.q - y
     theory = ratio * sigma ** 2 * ((f - g) * noise).sum().item() / (2 * noise.square().sum().item())
@@ -104,7 +106,9 @@ def expected_error(value: float, f: Tensor, g: Tensor, y: Tensor, sigma: float, 
 
 
 class LeastRisk(dip.Valley):
-    """The stop rule of a link: least risk of its one network, or of the mean of an antithetic pair."""
+    """The stop rule of a link: least risk of its one network, or of the mean of an antithetic pair.
+
+    facts: risk and expected error of the best step; risk_now, that of the last step before the stop."""
 
     def __init__(self, problem: Problem, link: Link, patience: int = 15):
         super().__init__(patience)
@@ -125,12 +129,13 @@ def antithetic_pair(problem: Problem, fresh: Callable, generator: torch.Generato
                     ratios: Sequence[float] = (0.25,), antithetic: bool = True, warm: bool = False,
                     patience: int = 15, steps: int = 2000, watch: bool = False, **options
                     ) -> Iterator[Restoration]:
-    """DIP on noisier states of the process, y ± Sξ, stopped where their mean has the least estimated risk.
+    """Denoising by DIP on noisier states, y ± Sξ, stopped where their mean has the least estimated risk.
 
-    ratios: S/σ of each stage, in the order walked. Give the noisiest first, as the reverse process does:
-    then every risk stays unbiased, also with warm, which goes on with the networks of the stage before.
-    Several stages are combined by their expected errors and listed in `others`. antithetic: off for one
-    network per stage. A stage ends `patience` updates after its least risk, or after `steps`.
+    ratios: S/σ of each stage, in the order walked. Give the noisiest first, as the reverse process does: then
+    every risk stays unbiased, also with warm, which goes on with the networks of the stage before: they have
+    seen noisier links only. Several stages are combined by their expected errors and listed in `others`.
+    antithetic: off for one network per stage. A stage ends `patience` updates after its least risk, or after
+    `steps`.
     """
     y, sigma = problem.y, problem.sigma
     chain = dict(zip(sorted(ratios), noising_chain(y, sigma, sorted(ratios), generator)))
@@ -164,7 +169,7 @@ def one_sided_sure(problem: Problem, fresh: Callable, generator: torch.Generator
     twin.set_state(generator.get_state())
     fits = [dip.fit(target, problem.operator.A, *fresh(problem, source), steps, source, **options)
             for target, source in ((y, generator), (link.q, twin))]
-    valley, stopped = dip.Valley(patience), 0
+    valley, stopped, best = dip.Valley(patience), 0, y
     for step, other in zip(*fits):
         divergence = ((other.average - step.average) * (link.q - y)).mean().item() / link.S ** 2
         value = (step.average - y).square().mean().item() + 2 * sigma ** 2 * divergence - sigma ** 2
@@ -234,19 +239,19 @@ def weighted(problem: Problem, experts: Sequence[Restoration]) -> Iterator[Resto
     yield Restoration(torch.stack(images), facts)
 
 
-def stacked(problem: Problem, experts: Sequence[Restoration], unseen: Tensor, *, shrink: float = 0.1
-            ) -> Iterator[Restoration]:
+def stacked(problem: Problem, experts: Sequence[Restoration],
+            unseen: Callable[[Problem], Tensor], *, shrink: float = 0.1) -> Iterator[Restoration]:
     """Stacking (Wolpert 1992; Breiman 1996), for measurements without noise.
 
-    The second half of the experts are the first half, blind to the measurements where `unseen` is 1. There
-    the second moments of their errors are measured, and so the best weights of the first half. shrink: this
-    share of the least error is added to the diagonal, which draws the weights towards equality.
+    The second half of the experts are the first half, blind to the measurements where unseen(problem) is 1.
+    There the second moments of their errors are measured, and so the best weights of the first half. shrink:
+    this share of the least error is added to the diagonal, which draws the weights towards equality.
     """
-    half, images, facts = len(experts) // 2, [], {"error": [], "weights": []}
+    half, kept, images, facts = len(experts) // 2, unseen(problem), [], {"error": [], "weights": []}
     for b in range(len(problem.y)):
-        misses = torch.stack([(problem.operator.A(expert.image[b:b + 1]) - problem.y[b]) * unseen
+        misses = torch.stack([(problem.operator.A(expert.image[b:b + 1]) - problem.y[b]) * kept
                               for expert in experts[half:]]).flatten(1).double().cpu()
-        C = misses @ misses.T / (unseen.sum().item() * problem.y.shape[1])
+        C = misses @ misses.T / (kept.sum().item() * problem.y.shape[1])
         w, _ = least_on_simplex(C + shrink * C.diagonal().min() * torch.eye(half))
         images.append(mixed(experts, b, w))
         facts["error"].append((w @ C @ w).item())
@@ -298,8 +303,8 @@ def kept_back(problem: Problem, generator: torch.Generator, share: float = 0.2) 
     """(1, 1, h, w), 1 for the measurements that experts are not to see, so that they can judge them.
 
     A pixel alone in its neighbourhood says little about a hole: what is far from all that is known is harder
-    to guess. So beside a hole of more than ten pixels whole squares are kept back, half as wide as the hole
-    is deep; elsewhere a `share` of the measurements, one by one.
+    to guess. So beside a hole of more than ten pixels whole squares are kept back, half as wide as the hole;
+    elsewhere a `share` of the measurements, one by one.
     """
     known = problem.known
     side = min(depth(1 - known), int(math.sqrt(0.05 * known.sum().item())))
@@ -340,7 +345,7 @@ def agree(problem: Problem) -> Refine:
 
 
 def fuse(g: Tensor, share: Callable[[int], Tensor | float]) -> Refine:
-    """(1 − w) x̂₀ + w g, w = share(t), g in [0, 1]; the noise estimate (x_t − √ᾱ x̃₀)/√(1−ᾱ) moves along."""
+    """x̃₀ = (1 − w) x̂₀ + w g, w = share(t), g in [0, 1]: so the noise estimate is (x_t − √ᾱ x̃₀)/√(1−ᾱ)."""
     def refine(x0_hat: Tensor, t: int) -> Tensor:
         w = share(t)
         return (1 - w) * x0_hat + w * ddpm.to_diffusion(g)
@@ -405,7 +410,8 @@ def diffusion_pair(problem: Problem, model: ddpm.Model, generator: torch.Generat
 def guided(problem: Problem, model: ddpm.Model) -> Callable[[Tensor, int], Tensor]:
     """ΠGDM (Song, Vahdat, Mardani & Kautz 2023) for y without noise: x̂₀ + Jᵀ A⁺(y − A x̂₀)/√ᾱ_t.
 
-    J is the Jacobian of x̂₀ in x_t: the measurement corrects the guess through the model."""
+    J is the Jacobian of x̂₀ in x_t. With N(0, (1−ᾱ_t) I) for the error of x̂₀, this is Tweedie's formula for
+    p(x_t | y): (1−ᾱ_t)/√ᾱ_t ∇ log p(y | x_t) is added. Clipped to [−1, 1]."""
     y, operator, _ = problem
 
     def denoise(xt: Tensor, t: int) -> Tensor:
@@ -429,7 +435,8 @@ def diffusion(problem: Problem, model: ddpm.Model, generator: torch.Generator,
     interpolation and agree with y at every step (DDNM), or with `gradient` are guided through the model
     (ΠGDM). t = T: they start from pure noise. An expert's image takes the place of the interpolation
     (SDEdit, Meng et al. 2022; CCDF, Chung, Sim & Ye 2022). lean: each guess is also averaged with that
-    image, by inverse variance, as if the image had the error v of the start step.
+    image, by inverse variance, as if the image had the error v of the start step. diversity: root mean square
+    distance of two samples.
     """
     if problem.sigma:
         yield Restoration(at_its_step(problem.y, problem.sigma, model, evaluations or 4, views))
@@ -451,8 +458,8 @@ def refit(problem: Problem, model: ddpm.Model, fresh: Callable, generator: torch
           eta: float = 0.0, **options) -> Iterator[Restoration]:
     """DDNM with DIP refits: a DIP of `brief` updates starts the chain at step t and is fitted again in it.
 
-    At every one of `evaluations` guesses it takes `updates` more, to y and, with `weight`, to the guess.
-    `options` go to dip.fit.
+    At the start and at every one of `evaluations` guesses it takes `updates` more, to y and, with `weight`,
+    to the guess. `options` go to dip.fit.
     """
     net, z = fresh(problem, generator)
     for step in dip.fit(problem.y, problem.operator.A, net, z, brief, generator, **options):
@@ -472,9 +479,9 @@ def regularised(problem: Problem, model: Optional[ddpm.Model], fresh: Callable, 
                 ) -> Iterator[Restoration]:
     """Denoiser-regularised DIP: min_θ max(mean (f_θ − y)², floor · σ²) + weight · mean (f_θ − D(y))².
 
-    D(y) is one evaluation of the model on y itself (RED, DeepRED: Mataev, Elad & Milanfar 2019; with a
-    diffusion model: Mardani et al. 2024). Data met as well as their noise allows have no gradient any more
-    (Morozov's principle as a constraint, not a stop), and from then on all images are averaged alike.
+    D(y) is one evaluation of the model on y itself, in the spirit of RED and DeepRED (Mataev, Elad & Milanfar
+    2019; with a diffusion model, Mardani et al. 2024), which denoise f_θ. Data met as well as their noise
+    allows have no gradient (Morozov's principle as a constraint); from then on all images are averaged alike.
 
     weight = 0 leaves the model out, floor = 0 the constraint; both: plain DIP. constrain = False: the same
     averaging from the same update on, but the data keep their gradient.

@@ -1,8 +1,8 @@
 """How far is one image from another, and one set of images from another? How noisy is a photo?
 
 PSNR counts squared error, SSIM compares local structure, the Fréchet distance compares two sets of
-features. Images are float tensors (B, C, H, W) in [0, peak]; every image in a batch gets its own number,
-and PSNR and SSIM can be differentiated.
+features. Images are float tensors (B, C, H, W) in [0, peak]. PSNR and SSIM give every image in a batch its
+own number and can be differentiated.
 """
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor
 
 # Wang et al. 2004: side and standard deviation, in pixels, of the Gaussian window
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
-# … and two constants that keep the ratios finite where mean or contrast vanish
+# … and two constants that keep the ratios finite where mean or contrast vanishes
 SSIM_K1, SSIM_K2 = 0.01, 0.03
 
 
@@ -34,7 +34,7 @@ def ssim(x: Tensor, y: Tensor, peak: float = 1.0) -> Tensor:
     _check(x, y, peak)
     if min(x.shape[-2:]) < SSIM_WINDOW:
         raise ValueError(f"SSIM needs sides of {SSIM_WINDOW} pixels, got {tuple(x.shape)}: enlarge it")
-    # Variances do not see a common offset, and squares of small numbers round less.
+    # E[x²] − E[x]² loses digits where the mean is large; a common offset does not change variances.
     offset = y.mean((2, 3), keepdim=True).detach()
     x, y = x - offset, y - offset
     mean_x, mean_y, xx, yy, xy = _blur(torch.stack([x, y, x * x, y * y, x * y])).unbind()
@@ -47,12 +47,12 @@ def ssim(x: Tensor, y: Tensor, peak: float = 1.0) -> Tensor:
 
 
 def frechet(features_a: Tensor, features_b: Tensor) -> float:
-    """Fréchet distance between Gaussians fitted to two sets of features (Heusel et al. 2017, Eq. 6).
+    """Squared Fréchet distance of Gaussians fitted to two sets of features (Heusel et al. 2017, Eq. 6).
 
-    (n, d), (m, d) → |μ_a − μ_b|² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½), not negative. Biased upwards by about
-    1/n + 1/m: compare only sets of equal size, and print the distance of real from real beside it. Any
-    rank is fine: with Σ = L Lᵀ the last trace is the sum of the singular values of L_aᵀ L_b, and no root
-    of a non-symmetric matrix is taken. Raises ValueError for other shapes and for features that are not
+    (n, d), (m, d) → |μ_a − μ_b|² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½), not negative. Biased upwards, about in
+    proportion to 1/n + 1/m: compare only sets of equal size, and print the distance of real from real beside
+    it. Any rank is fine: with Σ = L Lᵀ the last trace is the sum of the singular values of L_aᵀ L_b, and no
+    root of a non-symmetric matrix is taken. Raises ValueError for other shapes and for features that are not
     finite.
     """
     a, b = features_a.double(), features_b.double()
@@ -69,16 +69,17 @@ def frechet(features_a: Tensor, features_b: Tensor) -> float:
 
 
 def noise_level(y: Tensor) -> float:
-    """Noise of photos y (B, C, H, W): median absolute diagonal difference / 0.6745 (Donoho & Johnstone
-    1994).
+    """One σ for all photos y (B, C, H, W): median absolute diagonal difference / 0.6745 (Donoho & Johnstone
+    1994). White noise gives these differences its own σ; 0.6745 is the median of |N(0, 1)|; edges are rare.
     """
     diagonal = (y[..., :-1, :-1] - y[..., 1:, :-1] - y[..., :-1, 1:] + y[..., 1:, 1:]) / 2
     return float(diagonal.abs().median() / 0.6745)
 
 
 def entropy(index: Tensor, options: int) -> float:
-    """Entropy of the shares of 0 … options − 1 among index (n,), as a share of the uniform one: 1 for all
-    alike.
+    """How evenly index (n,) uses 0 … options − 1: the entropy of the frequencies, divided by log(options).
+
+    1: all equally often; 0: only one occurs.
     """
     share = torch.bincount(index, minlength=options) / len(index)
     return float(-torch.special.xlogy(share, share).sum() / torch.tensor(float(options)).log())

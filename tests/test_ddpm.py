@@ -260,6 +260,17 @@ def test_the_rate_rises_and_stays_the_gradient_is_clipped_and_the_weights_are_av
         assert state.ema.w.item() == pytest.approx(mean, rel=1e-4) and not state.ema.w.requires_grad
 
 
+def test_an_update_that_is_not_a_number_is_left_out():
+    """The weights and their average stay as they were, and the loss says so."""
+    net, wrong = Constant(), {3, 4}
+
+    def target(s, x0, eps, t):
+        return torch.full_like(x0, math.nan if len(net.seen) in wrong else 1.0)
+    weights = [(net.w.item(), state.ema.w.item()) for state in training(
+        net, 6, head=ddpm.Head(target=target, x0=ddpm.predict_x0), warmup=0)]
+    assert weights[2] == weights[3] == weights[1] != weights[4] and all(map(math.isfinite, weights[5]))
+
+
 @pytest.mark.parametrize("T, t_max", [(32, None), (100, 32)])
 def test_the_steps_of_a_batch_are_spread_evenly_up_to_t_max(T, t_max):
     """32 steps, 16 images: one of 1 and 2, one of 3 and 4, …; over many batches every step comes."""
@@ -275,7 +286,7 @@ def test_logit_normal_steps_have_their_quantiles():
     net, mean, std = Constant(), -0.5, 0.8
     last(training(net, 100, T=1000, size=100, place=ddpm.logit_normal(mean, std)))
     share = torch.cat(net.seen).double() / 1000
-    for z, below in ((-1, 0.1587), (0, 0.5), (1, 0.8413)):
+    for z, below in ((-2, 0.0228), (-1, 0.1587), (0, 0.5), (1, 0.8413), (2, 0.9772)):
         quantile = 1 / (1 + math.exp(-(mean + z * std)))
         assert (share <= quantile).double().mean().item() == pytest.approx(below, abs=0.01)
 

@@ -315,3 +315,9 @@ def test_with_noise_morozovs_principle_stops_each_picture_and_neighbours_do_not_
         assert torch.equal(got[-1].image[b], plain[end - 1].average[b])
     other = restored(problem._replace(y=problem.y * torch.tensor([1, 0.9]).reshape(2, 1, 1, 1)), lr=0.02)[-1]
     assert torch.equal(other.image[0], got[-1].image[0]) and other.facts["step"][0] == ends[0]
+
+
+@pytest.mark.parametrize("side, updates", [(16, 100), (32, 141)])
+def test_without_noise_the_budget_grows_with_the_root_of_the_side(side, updates):
+    steps = restored(dip.Problem(torch.full((1, 1, side, side), 0.5), dip.identity()))
+    assert len(steps) == updates == steps[-1].facts["updates"][0]

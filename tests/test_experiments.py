@@ -163,7 +163,17 @@ def test_a_key_follows_the_code_that_a_job_uses_and_nothing_else(edit):
     assert edit("dip", '"""Stop after n steps', '"""Other words, after n steps') == first
     assert edit("ddpm", "\ndef q_sample", "\n# a comment\ndef q_sample") == first
     assert edit("experiments", '"seconds": 1, "updates": 0', '"seconds": 2, "updates": 0') == first
-    assert edit("experiments", "def plot_risk(rows", "def plot_risk(many_rows") == first
+    assert edit("experiments", "def plot_law(rows", "def plot_law(many_rows") == first
+    assert edit("dip", "tau: float = 0.92", "tau: int = 0.92") == first
+    # of a table, only the entry that is used
+    assert edit("experiments", "Task(15)", "Task(16)") == first
+    assert edit("experiments", "dip.Discrepancy(p.sigma, 1.0)", "dip.Discrepancy(p.sigma, 1.1)") == first
+    fit, pair, train = edit("experiments", "dip.Discrepancy(p.sigma, 0.7)", "dip.Discrepancy(p.sigma, 0.8)")
+    assert fit != first[0] and (pair, train) == first[1:]
+    first = edit()
+    fit, pair, train = edit("experiments", '"noise 25": Task(25)', '"noise 25": Task(26)')
+    assert fit != first[0] and pair != first[1] and train == first[2]
+    first = edit()
     fit, pair, train = edit("hybrid", "steps: int = 800,", "steps: int = 801,")
     assert (fit, train) == (first[0], first[2]) and pair == first[1]
     fit, pair, train = edit("hybrid", "copies, networks, spent", "copies, networks, paid")
@@ -285,7 +295,7 @@ def test_the_best_other_row_is_never_a_combination_of_both():
     assert q.rival("a", E.RIVALS) == "diffusion" and q.gain("a", E.RIVALS).mean == 2.5
     columns = {"DIP": "psnr:m.1f of DIP", "none": "psnr:m.1f of three DIPs", "− best": "gain:.2f",
                "− alone": "gain alone:.2f", "k": "gain alone:k", "which": "rival alone:"}
-    lines = q.across("a", {"p": {"photo": "p"}, "q": {"photo": "q"}}, columns).split("\n")
+    lines = q.table("a", columns, lines={"p": {"photo": "p"}, "q": {"photo": "q"}}).split("\n")
     assert lines[2] == "| p | 20.0 |  | 1.50 | 2.50 | 1 of 1 | diffusion |"
 
 
@@ -349,10 +359,24 @@ def test_records_are_written_trusted_and_refused(tiny, tmp_path, monkeypatch):  
 
 def test_the_report_is_the_render_of_the_committed_records():
     q = E.read_records("full")
-    assert E.render((ROOT / "REPORT.in.md").read_text(), q) == (ROOT / "REPORT.md").read_text()
+    text, readme = (ROOT / "REPORT.md").read_text(), (ROOT / "README.md").read_text()
+    assert E.render((ROOT / "REPORT.in.md").read_text(), q) == text and E.with_answer(readme, q) == readme
+    assert len(text.split()) <= 6500 and text.count("\n![") <= 7 and text.count("\n|---") <= 6
     for page in ("REPORT.md", "README.md"):
         for file in re.findall(r"\]\((out/[^)]*)\)", (ROOT / page).read_text()):
             assert (ROOT / file).exists(), file
+
+
+def test_every_reference_is_cited_and_every_citation_listed():
+    """By first author and year."""
+    body, listed = (ROOT / "REPORT.in.md").read_text().split("## References\n")
+    works = re.findall(r"(?:^|\. )([A-Z]\w+)[^`*]*? (\d{4})", listed)
+    for author, year in works:
+        assert re.search(rf"{author}[^\n]{{0,40}} \(?{year}", body), (author, year)
+    cited = re.findall(r"([A-Z][a-z]+)(?: & \w+| et al\.)? \(?((?:19|20)\d\d)\b", body)
+    for author, year in cited:
+        assert re.search(rf"{author}[^`*\n]*? {year}", listed), (author, year)
+    assert len(works) > 40 and len(cited) > 40
 
 
 def test_no_typed_number_that_a_computer_produced():
@@ -386,10 +410,10 @@ def test_any_usual_picture_is_denoised_at_its_own_size(tmp_path, kind):
     x = np.dstack([x, np.full((40, 37), 128, np.uint8)]) if kind == "rgba.png" else x
     image = Image.fromarray(x)
     (image.quantize(64) if kind == "palette.png" else image).save(path)
-    E.restore(str(path), "denoise", steps=3)
-    result = Image.open(tmp_path / f"{path.stem}-restored.png")
+    E.restore(str(path), "denoise", steps="3")
+    result = Image.open(tmp_path / f"{path.stem}-denoise-auto.png")
     assert result.size == (37, 40) and (result.mode == "L") == (x.ndim == 2)
-    assert Image.open(tmp_path / f"{path.stem}-restored-before-after.png").size == (37 * 2 + 8, 40)
+    assert Image.open(tmp_path / f"{path.stem}-denoise-auto-before-after.png").size == (37 * 2 + 8, 40)
 
 
 def test_exif_rotation_is_obeyed_and_transparency_is_white(tmp_path):
@@ -410,8 +434,105 @@ def test_inpainting_keeps_what_is_known_and_samples_differ(tiny, tmp_path):  # n
     assert all(np.abs(result - x)[known > 0].max() <= 1 for result in (mean, first, second))
     assert np.abs(first - second)[12:18, 12:18].max() > 0
     grey = save(tmp_path / "grey.png", noisy(channels=1))
-    E.restore(grey, "superres", "refit", factor="3", out=str(tmp_path / "big.webp"))
-    assert Image.open(tmp_path / "big.webp").size == (111, 120)
+    E.restore(grey, "superres", "refit", factor="3", out=str(tmp_path / "big.jpg"))
+    assert Image.open(tmp_path / "big.jpg").size == (111, 120)
+    E.restore(path, "inpaint", "interpolation", mask=mask, out=str(tmp_path / "out.jpg"))
+    assert np.abs(np.asarray(Image.open(tmp_path / "out.jpg")).astype(int) - x)[known > 0].max() <= 2
+
+
+@pytest.mark.parametrize("kind", [
+    "white.png", "ones.png", "dark.png", "deep.png", "palette.png", "alpha.png", "edge.png", "x.jpg"])
+def test_masks_mean_what_people_draw(tmp_path, kind):
+    """Near-white and opaque is known; one colour with transparency is a mask by its transparency."""
+    known = np.ones((40, 36), np.uint8)
+    known[8:24, 8:24] = 0
+    x = {"ones.png": known, "deep.png": known.astype(np.uint16) * 65535}.get(kind, known * 255)
+    x = np.dstack([0 * x, 0 * x, 0 * x, x]) if kind == "alpha.png" else x
+    if kind == "dark.png":
+        x, known = known * 200, 0 * known
+    if kind == "edge.png":
+        x[7, 8:24] = 128
+        known[7, 8:24] = 0
+    image = Image.fromarray(x)
+    (image.convert("RGB").quantize(2) if kind == "palette.png" else image).save(tmp_path / kind)
+    found = E.read_mask(str(tmp_path / kind))[0, 0].numpy()
+    assert (found[known == 0] == 0).all() and (found != known).mean() < (0.1 if kind == "x.jpg" else 1e-9)
+
+
+@pytest.mark.parametrize("pixels", ["few known", "one missing", "border"])
+def test_odd_holes_are_filled_by_every_method(tiny, tmp_path, pixels):  # noqa: F811
+    known = np.full((20, 20), 255, np.uint8)
+    known[5, 5] = 0
+    known = 255 - known if pixels == "few known" else known
+    known[9, :12] = 255
+    known[:6] = 0 if pixels == "border" else known[:6]
+    x, mask = save(tmp_path / "x.png", noisy(20, 20)), save(tmp_path / "mask.png", known)
+    for method in ("auto", *(name for name, each in E.METHODS.items() if not each.noise)):
+        out = tmp_path / "out.png"
+        E.restore(x, "inpaint", method, mask=mask, out=str(out), steps="2")
+        assert (np.asarray(Image.open(out))[known > 0] == noisy(20, 20)[known > 0]).all(), method
+
+
+def test_auto_names_its_experts_and_trains_no_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(E, "CACHE", tmp_path)
+    path = save(tmp_path / "x.png", noisy())
+    E.restore(path, "denoise", steps="3", sigma="25", out=str(tmp_path / "x.jpg"))
+    said = capsys.readouterr().out
+    assert re.search(r"weights: pair [\d.]+, ridge-pair [\d.]+; no model yet", said)
+
+
+def test_no_quality_is_invented(tmp_path, capsys):
+    """A risk that is negative, or within its own scatter, is no PSNR; doubts about the noise are said."""
+    x = noisy()
+    for sigma, ending, message in (("30", "png", "or SIGMA too large"), ("60", "png", "far from"),
+                                   ("", "jpg", "compressed"), ("20", "png", "expected PSNR")):
+        E.restore(save(tmp_path / f"{sigma}x.{ending}", x), "denoise", "ridge-pair", sigma=sigma)
+        said = capsys.readouterr().out
+        assert message in said and ("expected" in said) == (sigma == "20"), said
+    large = Image.fromarray(x).resize((74, 80), Image.Resampling.BICUBIC)
+    large.save(tmp_path / "large.png")
+    E.restore(str(tmp_path / "large.png"), "denoise", "ridge-pair")
+    assert "not independent" in capsys.readouterr().out
+
+
+def test_nothing_of_the_users_is_lost(tiny, tmp_path):  # noqa: F811
+    """Every name that is written is checked, photos of one name keep theirs, results are not learnt from."""
+    endings = ("", "-1", "-2", "-before-after")
+    names = ("x.png", "x.jpg", *(f"{k}{ending}.png" for k, ending in enumerate(endings)))
+    photos = [save(tmp_path / name, noisy(64, 64)) for name in names]
+    before = [Path(path).read_bytes() for path in photos]
+    mask = save(tmp_path / "mask.png", np.tile(np.uint8(255) * (np.arange(64) > 9), (64, 1)))
+    for k in range(4):
+        with pytest.raises(E.Refusal, match="no result"):
+            out = str(tmp_path / f"{k}.png")
+            E.restore(photos[0], "inpaint", "diffusion", mask=mask, out=out, samples="2")
+    for path in photos[:2]:
+        E.restore(path, "denoise", "ridge", sigma="25")
+    # a result may be replaced, but not while it is the photo
+    free = str(tmp_path / "free.jpg")
+    for _ in range(2):
+        E.restore(photos[0], "denoise", "ridge", sigma="25", out=free)
+    with pytest.raises(E.Refusal, match="itself"):
+        E.restore(free, "denoise", "ridge", sigma="25", out=free)
+    assert [Path(path).read_bytes() for path in photos] == before
+    assert (tmp_path / "x.jpg-denoise-ridge.png").exists()
+    assert {path.name for path in E.images_in(str(tmp_path))} == {*names, "mask.png"}
+
+
+def test_pictures_are_read_as_they_are_meant(tmp_path):
+    """Grey stored as RGB is grey; broken EXIF blocks and profiles do no harm; dead links are no pictures."""
+    assert E.read_image(save(tmp_path / "g.png", np.dstack([noisy(channels=1)] * 3))).shape == (1, 1, 40, 37)
+    assert E.read_image(save(tmp_path / "e.jpg", noisy(), exif=b"Exif\0\0MM\0*broken")).shape[-2:] == (40, 37)
+    profile = E.ImageCms.ImageCmsProfile(E.ImageCms.createProfile("sRGB")).tobytes()
+    for x in (noisy(), np.dstack([noisy(channels=1), np.full((40, 37), 255, np.uint8)])):
+        read = E.read_image(save(tmp_path / "c.png", x, icc_profile=profile))
+        assert torch.allclose(read, E.to_tensor(x[..., :1] if x.shape[2] == 2 else x), atol=0.02)
+    (tmp_path / "dead.png").symlink_to(tmp_path / "none.png")
+    for name in (".hidden.png", "c.png"):
+        save(tmp_path / name, noisy(70, 70))
+    (tmp_path / "broken.png").write_bytes(b"no")
+    assert [path.name for path in E.images_in(str(tmp_path))] == ["broken.png", "c.png", "e.jpg", "g.png"]
+    assert len(E.users_photos(str(tmp_path))) == 1
 
 
 def test_refusals_are_one_sentence(tmp_path):
@@ -422,25 +543,43 @@ def test_refusals_are_one_sentence(tmp_path):
     Image.fromarray(np.full((20, 20), np.nan, np.float32)).save(tmp_path / "nan.tiff")
     small, other = save(tmp_path / "small.png", noisy(9, 9)), save(tmp_path / "other.png", noisy(41, 37))
     flat = save(tmp_path / "flat.png", np.full((40, 40), 9, np.uint8))
+    half = save(tmp_path / "half.png", np.tile(np.uint8(255) * (np.arange(37) > 9), (40, 1)))
+    os.mkfifo(tmp_path / "pipe.png")
+    wide = save(tmp_path / "wide.png", np.zeros((16, 4001), np.uint8))
+    (tmp_path / "folder.png").mkdir(), save(tmp_path / "deep.tiff", np.full((40, 37), 255, np.int32))
     cases = [
-        ("no file", {"image": "none.png"}), ("cannot be read", {"image": str(tmp_path / "broken.png")}),
-        ("be read", {"image": str(tmp_path / "cut.png")}), ("be read", {"image": str(tmp_path)}),
+        ("not there", {"image": "none.png"}), ("cannot be read", {"image": str(tmp_path / "broken.png")}),
+        ("be read", {"image": str(tmp_path / "cut.png")}), ("not a file", {"image": str(tmp_path)}),
         ("not numbers", {"image": str(tmp_path / "nan.tiff")}), ("resize it", {"image": small}),
         ("needs IMAGE", {"image": ""}), ("needs IMAGE", {"task": "sharpen"}), ("no noise", {"image": flat}),
-        ("choose interpolation", {"task": "superres", "method": "pair"}),
-        ("choose ridge", {"method": "magic"}),
+        ("choose auto, interpolation", {"task": "superres", "method": "pair"}),
+        ("choose auto, ridge", {"method": "magic"}),
         ("SAMPLES=0", {"samples": "0"}), ("SIGMA=loud", {"sigma": "loud"}), ("SIGMA=nan", {"sigma": "nan"}),
-        ("SIGMA=300", {"sigma": "300"}), ("FACTOR=1", {"task": "superres", "factor": "1"}),
+        ("SIGMA=300", {"sigma": "300"}), ("SIGMA=--5", {"sigma": "--5"}),
+        ("FACTOR=1", {"task": "superres", "factor": "1"}),
         ("needs MASK", {"task": "inpaint"}), ("all white", {"task": "inpaint", "mask": white}),
-        ("all black", {"task": "inpaint", "mask": black}), ("size", {"task": "inpaint", "mask": other}),
-        ("cannot write", {"out": str(tmp_path / "no" / "x.png")}), ("cannot write", {"out": "x.txt"}),
+        ("black but", {"task": "inpaint", "mask": black}), ("size", {"task": "inpaint", "mask": other}),
+        ("cannot write", {"out": str(tmp_path / "no" / "x.png")}), ("cannot write", {"out": "x.webp"}),
+        ("itself", {"out": good}), ("itself", {"task": "inpaint", "mask": half, "out": half}),
+        ("no result", {"out": str(tmp_path / "folder.png")}), ("too long", {"out": "x" * 250 + ".png"}),
+        ("no use for SIGMA", {"task": "inpaint", "sigma": "25"}), ("no use for MASK", {"mask": black}),
+        ("whole number", {"task": "superres", "factor": "2.5"}), ("whole number", {"samples": "1.5"}),
+        ("STEPS=-3", {"steps": "-3"}), ("STEPS=0", {"steps": "0"}), ("not there", {"image": "~nobody/x.png"}),
+        ("one result", {"samples": "4"}), ("needs IMAGES", {"train_steps": "99"}),
+        ("uses no model", {"method": "pair", "images": str(tmp_path)}), ("sides", {"image": wide}),
+        ("of its 16 bits", {"image": save(tmp_path / "dim.png", np.full((40, 37), 999, np.uint16))}),
+        ("not a file", {"image": str(tmp_path / "pipe.png")}), ("STEPS=loud", {"steps": "loud"}),
+        ("32-bit", {"image": str(tmp_path / "deep.tiff")}),
         ("IMAGES=folder", {"method": "diffusion", "images": str(tmp_path / "none")})]
     for message, arguments in cases:
         with pytest.raises(E.Refusal, match=message) as caught:
             E.restore(**{"image": good, "task": "denoise"} | arguments)
         assert "\n" not in str(caught.value)
-    for given, message in ((["restore", "image=none", "task=denoise"], "there is no file"),
-                           (["magic"], "not a command"), (["all", "speed=9", "jobs=many"], "takes")):
+    assert not list(tmp_path.glob("*tmp*")) and (np.asarray(Image.open(good)) == noisy()).all()
+    for given, message in ((["restore", "image=none", "task=denoise"], "is not there"),
+                           (["magic"], "not a command"), (["all", "speed=9", "jobs=many"], "takes"),
+                           (["all", "jobs=many"], "whole number"), (["all", "scale=huge"], "choose full"),
+                           (["report", "scale=quick", "scale=full"], "once")):
         command = [sys.executable, str(ROOT / "experiments.py"), *given]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and message in done.stderr
@@ -449,9 +588,9 @@ def test_refusals_are_one_sentence(tmp_path):
 def test_the_pair_brings_a_photo_closer_to_the_truth_and_says_how_close(tmp_path, capsys):
     x = 0.25 + 0.5 * E.square("motorcycle_left", 61)[..., :45, :]
     E.save_picture(x + 25 / 255 * torch.randn(x.shape, generator=E.seeded(0)), tmp_path / "y.png")
-    E.restore(str(tmp_path / "y.png"), "denoise", "pair", sigma="25", steps=500)
+    E.restore(str(tmp_path / "y.png"), "denoise", "pair", sigma="25", steps="500")
     expected = float(re.search(r"expected PSNR ([\d.]+) dB", capsys.readouterr().out)[1])
-    results = (E.read_image(str(tmp_path / name)) for name in ("y.png", "y-restored.png"))
+    results = (E.read_image(str(tmp_path / name)) for name in ("y.png", "y-denoise-pair.png"))
     before, after = (E.metrics.psnr(result, x).item() for result in results)
     assert after > before + 5 and abs(expected - after) < 1.5
 
@@ -464,9 +603,12 @@ def test_a_model_is_trained_on_a_folder_and_used(tiny, tmp_path, monkeypatch):  
     with pytest.raises(E.Refusal, match="at least 64"):
         E.train_on(str(folder))
     save(folder / "a.png", noisy(70, 130)), save(folder / "b.jpg", noisy(64, 64, 1))
-    E.training_photos.cache_clear()
-    assert [tuple(x.shape) for x in E.training_photos(str(folder))] == [(3, 70, 130), (3, 64, 64)]
-    E.train_on(str(folder), str(tmp_path / "samples.png"), train_steps=16)
+    save(folder / "large.png", noisy(1000, 600))
+    read = E.training_photos(str(folder))
+    assert [tuple(x.shape) for x in read] == [(3, 70, 130), (3, 64, 64), (3, 500, 300)] and read[0].max() <= 1
+    with pytest.raises(E.Refusal, match="no result"):
+        E.train_on(str(folder), str(folder / "a.png"), train_steps="16")
+    E.train_on(str(folder), str(tmp_path / "samples.png"), train_steps="16")
     assert Image.open(tmp_path / "samples.png").size == (256, 256)
-    E.restore(save(tmp_path / "x.png", noisy()), "denoise", "diffusion", images=str(folder), train_steps=16)
-    assert (tmp_path / "x-restored.png").exists() and len(list(E.CACHE.glob("train-*.pt"))) == 6
+    E.restore(save(tmp_path / "x.png", noisy()), "denoise", "diffusion", images=str(folder), train_steps="16")
+    assert (tmp_path / "x-denoise-diffusion.png").exists() and len(list(E.CACHE.glob("train-*.pt"))) == 6

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PURE = ("metrics", "ddpm", "dip", "hybrid")
 ALL = (*PURE, "experiments")
 MAY_IMPORT = {"hybrid": {"ddpm", "dip"}, "experiments": set(ALL)}
-BUDGET = {"metrics": 100, "ddpm": 350, "dip": 300, "hybrid": 420, "experiments": 1248}
+BUDGET = {"metrics": 100, "ddpm": 350, "dip": 300, "hybrid": 420, "experiments": 1704}
 RANDOM = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "rand_like"}
 
 
@@ -67,9 +67,10 @@ def test_sizes():
         for node in ast.walk(tree(name)):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 50, node.name
-    tests = sorted((ROOT / "tests").glob("*.py"))
+    tests, scripts = (sorted((ROOT / "tests").glob(names)) for names in ("[ct]*.py", "[!ct]*.py"))
     assert sum(len(lines(path)) for path in tests) <= 1800
-    for path in [*tests, *(ROOT / f"{name}.py" for name in ALL)]:
+    assert sum(len(lines(path)) for path in scripts) <= 160
+    for path in [*tests, *scripts, *(ROOT / f"{name}.py" for name in ALL)]:
         wide = [line for line in lines(path) if len(line) > 110]
         assert not wide, (path.name, wide)
 
@@ -161,9 +162,10 @@ def test_restore_gives_the_picture_of_the_record(tiny, tmp_path, monkeypatch, me
     at = {"photo": "coffee", "task": task, "size": size, "model": tiny}
     experts = tuple(E.job(name, **at, **extra | ({"steps": steps} if name == "pair" else {}))
                     for name, extra in E.METHODS[method].experts)
-    own = {"steps": steps} if "steps" in E.names(method) else {}
+    own = {"steps": steps} if "steps" in E.names(method, settings=True) else {}
     record = made(E.job(method, **at, experts=experts, **own))
-    E.restore(str(tmp_path / "y.png"), users, method, steps=steps, out=str(tmp_path / "x.png"), **more)
+    more = more | {"steps": str(steps or ""), "out": str(tmp_path / "x.png")}
+    E.restore(str(tmp_path / "y.png"), users, method, **more)
     got = np.asarray(Image.open(tmp_path / "x.png"))
     assert (got == E.to_bytes(record["image"])[0].permute(1, 2, 0).numpy()).all()
 
@@ -189,6 +191,11 @@ def test_every_tool_reaches_only_the_methods_that_mean_it():
              "fresh": {"dip", "held-out", "sure", "pair", "refit", "regularised"}}
     for tool, wanted in meant.items():
         assert {name for name in E.METHODS if tool in E.names(name)} == wanted, tool
+    for name, method in E.METHODS.items():
+        for parameter in inspect.signature(method.run).parameters.values():
+            tool = parameter.name in {"problem", "generator", *meant}
+            assert tool == (parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD) or parameter.kind is (
+                inspect.Parameter.VAR_KEYWORD), (name, parameter.name)
 
 
 def test_a_new_method_shows_up_everywhere(tiny, tmp_path, monkeypatch):

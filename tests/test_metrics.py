@@ -66,3 +66,11 @@ def test_frechet_agrees_with_a_matrix_root_from_scipy(seed, d, shift):
     mean_gap = (a.double().mean(0) - b.double().mean(0)).square().sum().item()
     expected = mean_gap + np.trace(cov_a + cov_b - 2 * scipy.linalg.sqrtm(cov_a @ cov_b).real)
     assert metrics.frechet(a, b) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+def test_the_noise_level_is_that_of_white_noise_and_edges_are_rare():
+    noise = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    steps = (torch.arange(128) // 32 / 4).expand(2, 3, 128, 128) + 0.2 * torch.linspace(0, 1, 128)[:, None]
+    for sigma in (0.02, 0.1):
+        assert metrics.noise_level(steps + sigma * noise) == pytest.approx(sigma, rel=0.02)
+    assert metrics.noise_level(steps) < 1e-6
