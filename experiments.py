@@ -429,7 +429,7 @@ def definitions() -> dict:
                     part.body = part.body[1:]
                 part.__dict__.update(annotation=None, returns=None)
             stored = [part.id for target in getattr(node, "targets", []) for part in ast.walk(target)
-                      if isinstance(part, ast.Name)]
+                      if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)]
             found |= {(module, name): node for name in stored or [getattr(node, "name", "")]}
             if stored and isinstance(getattr(node, "value", None), ast.Dict):
                 found |= {(module, f"{stored[0]}[{getattr(key, 'value', '')}]"): value
@@ -732,7 +732,7 @@ def sample(job: Job) -> dict:
 
 
 def restoration(job: Job) -> dict:
-    """Damage pictures, restore them by a method, score: the only place where a truth meets an estimate.
+    """Damage pictures, restore them by a method, score: here a truth meets an estimate (and in `film`).
 
     Settings that no method sees: start (other random numbers), leak, belief (a factor of the σ that is told;
     0: it is estimated), blind. An expert's cost is that of its first picture.
@@ -742,7 +742,7 @@ def restoration(job: Job) -> dict:
         ("start", 0), ("leak", False), ("belief", 1.0), ("blind", False)))
     problem = measured(truth, job.task, *job.photos, job.seed if TASKS[job.task].sigma else 0)
     if leak:
-        # LEAK: the method gets the truth in the place of the measurement, as in public projects.
+        # LEAK: the method gets the truth in the place of the measurement.
         problem = problem._replace(y=truth)
     problem = problem._replace(sigma=belief * problem.sigma if belief else metrics.noise_level(problem.y))
     problem = problem.without(unseen_of(problem)) if blind else problem
@@ -1723,6 +1723,8 @@ def make_report(scale: str = "full") -> None:
 
 # a pair of DIPs takes about 6 kB a pixel, eight chains of a model a little more
 PIXELS = min(4_000_000, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 12000)
+# `opened` has limits of its own, not Pillow's
+Image.MAX_IMAGE_PIXELS = None
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 # the EXIF tag "software" of what this program writes
 MARK = Image.Exif()
@@ -1738,8 +1740,6 @@ def opened(path: str, limit: int) -> Image.Image:
     """A picture, turned as its EXIF block says, its colours in sRGB."""
     place = at_home(path)
     check(os.path.isfile(place), f"{path} is not there or not a file: check the name")
-    # Pillow's own limit says nothing of ours
-    Image.MAX_IMAGE_PIXELS = None
     try:
         image = Image.open(place)
         check(image.width * image.height <= limit, f"{path} has {image.width} × {image.height} pixels: "
