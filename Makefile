@@ -7,7 +7,7 @@ PICTURES := sporco==0.2.2.post1 mahotas==1.4.19 scikit-learn==1.7.2
 .PHONY: help all quick test lesson report figures bench restore train clean
 
 help:
-	@echo "make all      compute every experiment, figure and REPORT.md (under two hours on 2 cores;"
+	@echo "make all      compute every experiment, figure and REPORT.md (an hour and a half on 2 cores;"
 	@echo "              interrupt it when you like: the next 'make all' goes on; a second one does nothing)"
 	@echo "              REUSE=1 trusts the records in out/ whose code and settings have not changed"
 	@echo "make quick    the same road on tiny budgets, into out-quick/ (minutes; its numbers mean nothing)"

@@ -89,15 +89,17 @@ class Restoration(NamedTuple):
     networks and inputs, generator, model (ddpm.Model), interpolate(problem) → images, unseen(problem) → a
     mask, experts (finished Restorations). Arguments by keyword only are settings. It yields after every step.
 
-    image: (B, C, H, W). facts: name → a plain number, or a list of B numbers. now: the current image, where
-    that is not the one to be delivered. others: what else could be delivered. target: what was fitted, where
-    it is not y.
+    image: (B, C, H, W). facts: name → a number, or a list of B numbers. now: the current image, where that is
+    not the one to be delivered. others: what else could be delivered. target: what was fitted, if not y.
     """
     image: Tensor
     facts: dict = {}
     now: Optional[Tensor] = None
     others: dict = {}
     target: Optional[Tensor] = None
+
+
+Fresh = Callable[..., tuple[nn.Module, Tensor]]
 
 
 # --------------------------------------------------------------------------------------------------- network
@@ -287,7 +289,7 @@ class WindowedVariance(Valley):
 
     def __init__(self, window: int = 100, patience: int = 1000):
         super().__init__(patience)
-        self.images, self.window, self.sum, self.squares = deque(), window, 0., 0.
+        self.images, self.window, self.sum, self.squares = deque(), window, torch.zeros(()), 0.
 
     def __call__(self, step: Step) -> bool:
         new = step.image.to("cpu", torch.float64)
@@ -363,7 +365,7 @@ def follow(problem: Problem, steps: Iterator[Step], rules: dict[str, list], *, w
             return
 
 
-def deep_image_prior(problem: Problem, fresh: Callable, generator: torch.Generator, *, steps: int = 0,
+def deep_image_prior(problem: Problem, fresh: Fresh, generator: torch.Generator, *, steps: int = 0,
                      hidden: Optional[Tensor] = None, rules: Optional[dict[str, Callable]] = None,
                      watch: bool = False, **options) -> Iterator[Restoration]:
     """Plain DIP; `options` go to `fit`.

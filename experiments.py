@@ -27,7 +27,7 @@ from collections import UserList, namedtuple
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple, Optional
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional, Sequence
 
 import matplotlib
 import numpy as np
@@ -96,7 +96,7 @@ def square(name: str, size: int) -> Tensor:
 
 
 @functools.cache
-def training_photos(data: str) -> list[Tensor]:
+def training_photos(data: str) -> Sequence[Tensor]:
     """What a photo model learns from, (3, H, W): photos of the wheels, or the images of a folder."""
     return [to_tensor(photo(name))[0] for name in LEARNT[data]] if data in LEARNT else users_photos(data)
 
@@ -226,7 +226,8 @@ def unseen_of(problem: dip.Problem) -> Tensor:
     return hybrid.kept_back(problem, starting(problem, "kept back"))
 
 
-def fresh(problem: dip.Problem, generator: torch.Generator, copies: int = 1, **options) -> tuple:
+def fresh(problem: dip.Problem, generator: torch.Generator, copies: int = 1, **options
+          ) -> tuple[dip.Hourglass, Tensor]:
     """Tool: new hourglasses, `copies` for each picture, run as one network; and their inputs."""
     _, channels, *shape = problem.shape
     options = {"c_out": channels, "widths": (32,) * 4, "upsample": "nearest", "padding": "zeros"} | options
@@ -431,9 +432,10 @@ def definitions() -> dict:
             stored = [part.id for target in getattr(node, "targets", []) for part in ast.walk(target)
                       if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)]
             found |= {(module, name): node for name in stored or [getattr(node, "name", "")]}
-            if stored and isinstance(getattr(node, "value", None), ast.Dict):
+            table = getattr(node, "value", None)
+            if stored and isinstance(table, ast.Dict):
                 found |= {(module, f"{stored[0]}[{getattr(key, 'value', '')}]"): value
-                          for key, value in zip(node.value.keys, node.value.values)}
+                          for key, value in zip(table.keys, table.values)}
     return found
 
 
@@ -631,8 +633,8 @@ def recipe(data: str, pictures: int = 0) -> tuple[tuple, Callable, float]:
                 pictures, (16,), generator=generator)]
             return render_cats(parts)
         return (32, 64, 96, 128), batch, 2e-3
-    # smaller windows learn less from an update, but more in a minute
-    return (32, 64, 96), functools.partial(ddpm.windows, training_photos(data), size=48), 3e-3
+    # windows of 48 pixels learn no more from an update and take half as long again; those of 32 learn less
+    return (32, 64, 96), functools.partial(ddpm.windows, training_photos(data), size=40), 3e-3
 
 
 def parts_of(chosen: dict) -> tuple[ddpm.Schedule, ddpm.Head]:
@@ -647,7 +649,8 @@ def network_of(job: Job, ema: bool = True) -> tuple[ddpm.UNet, tuple, dict]:
     result = job.result()
     network = ddpm.UNet(3, result["widths"])
     network.load_state_dict(result["trainer"]["ema" if ema else "net"])
-    return network.to(DEVICE, memory_format=torch.channels_last).eval(), parts_of(dict(job.settings)), result
+    network = network.to(DEVICE, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return network, parts_of(dict(job.settings)), result
 
 
 def model_of(job: Job, ema: bool = True) -> ddpm.Model:
@@ -735,7 +738,7 @@ def restoration(job: Job) -> dict:
     """Damage pictures, restore them by a method, score: here a truth meets an estimate (and in `film`).
 
     Settings that no method sees: start (other random numbers), leak, belief (a factor of the σ that is told;
-    0: it is estimated), blind. An expert's cost is that of its first picture.
+    0: it is estimated), blind.
     """
     settings, truth = dict(job.settings), pictures(job.photos, job.size).to(DEVICE)
     start, leak, belief, blind = (settings.pop(name, default) for name, default in (
@@ -757,19 +760,17 @@ def restoration(job: Job) -> dict:
         curve.append(metrics.psnr(now.clamp(0, 1), truth).cpu())
         risks.append(found.facts.get("risk_now", [math.nan])[0])
         began = time.perf_counter()
-    spent = {name: sum(result["records"][0][name] for result in results)
-             for name in ("seconds", "updates", "evaluations")}
-    spent["evaluations"] += len(evaluations)
     offers, curve, records = {"": found} | found.others, torch.stack(curve), []
     for rule, offer in offers.items():
         for b, name in enumerate(job.photos):
             record = score(offer, truth, b, curve) | {"photo": str(name), "rule": rule}
             ended = min(record.get("stopped", len(curve)), len(curve))
-            record["seconds"] = spent["seconds"] + clock[ended] / len(job.photos)
-            record["updates"] = spent["updates"] + record.get("updates", 0)
+            record |= {"seconds": clock[ended] / len(job.photos), "evaluations": len(evaluations)}
+            for spent in ("seconds", "updates", "evaluations"):
+                record[spent] = record.get(spent, 0) + sum(each["records"][b][spent] for each in results)
             mixed = tools["experts"][:len(record.get("weights", []))]
             record |= law([expert.image[b] for expert in mixed], truth[b]) if mixed and not rule else {}
-            records.append(record | {"evaluations": spent["evaluations"]})
+            records.append(record)
     images = {rule: offer.image for rule, offer in offers.items()}
     images |= {"measured": problem.operator.pinv(problem.y), "truth": truth}
     return {"records": records, "image": found.image, "facts": found.facts, "curve": curve,
@@ -839,7 +840,7 @@ def changes(method: str, table: dict, photos: tuple = FIRST, **at) -> Iterator:
 
 def chain(data: str, steps: int, **settings) -> tuple:
     """Training as a chain of jobs: a sixteenth, an eighth, a quarter, a half and the whole of the steps."""
-    found = ()
+    found: tuple = ()
     for share in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1):
         found += (job("train", data, experts=found[-1:], steps=round(share * steps), **settings),)
     return found
@@ -856,12 +857,10 @@ PHOTOS, CATS = {data: chain(data, 5000) for data in LEARNT}, chain("cats", 2600,
 def ask_ddpm():
     """Does the model generate, and at what cost?"""
     real = (job("sample", "cats", seed=2, n=2048),)
-    for n in (512, 256):
-        yield f"{n} real cats", job("sample", "cats", experts=real, seed=1, n=n)
-    for eta, steps in ((0.0, 5), (0.0, 10), (0.0, 20), (0.0, 50), (1.0, 50)):
-        drawn = job("sample", "cats", model=CATS[-1], experts=real, n=512, steps=steps, eta=eta)
-        yield f"η = {eta:.0f}, {steps} steps", drawn
+    yield "real cats", job("sample", "cats", experts=real, seed=1, n=256)
     draw = functools.partial(job, "sample", "cats", experts=real, n=256, steps=20)
+    yield from ((f"η = 0, {steps} steps", draw(model=CATS[-1], steps=steps)) for steps in (5, 10, 20, 50))
+    yield "η = 1, 50 steps", draw(model=CATS[-1], steps=50, eta=1.0)
     yield from ((f"after {steps_of(model)}", draw(model=model)) for model in CATS)
     yield "last weights", draw(model=CATS[-1], ema=False)
     for schedule, head in (("cosine", "v"), ("linear", "v"), ("sigmoid", "v"), ("cosine", "ε")):
@@ -908,8 +907,8 @@ def ask_stop():
     for at in over(photo=FIRST, task=NOISY):
         yield "", job("dip", **at)
         yield "pair", job("pair", **at)
-        yield "two plain fits averaged", job("two-dips", **at)
         if at["task"] != "noise 15":
+            yield "two plain fits averaged", job("two-dips", **at)
             yield "held-out pixels", job("held-out", **at, steps=FITS[at["task"]], watch=True)
             yield "Monte-Carlo SURE", job("sure", **at, steps=FITS[at["task"]], watch=True)
     yield from changes("pair", STAGES, **SMALL, steps=320, watch=True)
@@ -1003,7 +1002,7 @@ def ask_train():
         yield from ((f"{row} @ {name}", each) for row, each in rows
                     if row in ("diffusion", "combination", "without DIP"))
     for t_max in (1000, 250):
-        for model in chain("cats", 200, t_max=t_max)[1:]:
+        for model in chain("cats", 200, t_max=t_max)[1::3]:
             row = f"t ≤ {t_max} learnt @ from t₀ = 250, {steps_of(model)}"
             yield row, job("diffusion", model=model, experts=brief, t=250, **at)
 
@@ -1022,7 +1021,7 @@ OTHERS = {
 def ask_guide():
     """Does a learned prior make early stopping unnecessary?"""
     yield from (("regularised", job("regularised", photo, "noise 25", model="own")) for photo in FIRST)
-    at = {"photos": (FIRST,), "model": "own"} | SMALL
+    at = {"photos": (FIRST,), "model": "own", "task": "noise 25", "size": 32}
     yield from changes("regularised", REGULARISED, **at, steps=4000)
     table = {f"{row}, 600 updates": change for row, change in OTHERS.items()}
     yield from changes("regularised", table, **at, steps=600)
@@ -1202,8 +1201,8 @@ class Query:
         other = {"row": self.rival(question, rows, **where)}
         return self("psnr", question, row="combination", minus=other, **where)
 
-    def table(self, question: str, columns: dict, rows: tuple = (), lines: Optional[dict] = None, **where
-              ) -> str:
+    def table(self, question: str, columns: dict, rows: Iterable = (), lines: Optional[dict] = None,
+              **where) -> str:
         """A line for each of `rows`, or for every name → conditions of `lines`; no record, an empty cell.
 
         Columns: "psnr:.2f"; less the row dip "psnr:.2f - dip"; of the row dip "psnr:m.2f of dip"; "gain:k",
@@ -1247,7 +1246,7 @@ def laws(q: Query) -> dict:
 
 def render(template: str, q: Query, check_claims: bool = True) -> str:
     """Fill the holes <<expression:format>>, check the claims <!-- claim: … -->; Refusal where one fails."""
-    known = {f.__name__: f for f in (abs, min, max, all, any, len, sum, laws, holm)}
+    known: dict = {f.__name__: f for f in (abs, min, max, all, any, len, sum, laws, holm)}
     known |= {"q": q, "CELLS": tuple(cells(FLOCK)), "NAMED": NAMED, "FIVE": FIVE, "ONE": ONE, "TWO": TWO}
     known |= {"RIVALS": RIVALS, "interp": np.interp, "__builtins__": {}}
 
@@ -1437,7 +1436,7 @@ EFFECTS = {
     "A. Antithetic pair": ("stop", "psnr", "as chosen", {
         "size": 48, "rule": "", "task": "noise 25", "method": "pair"}),
     "C. Diffusion in DIP's loss": ("guide", "psnr", "as chosen, 600 updates", {
-        "size": 48, "row": tuple(f"{row}, 600 updates" for row in OTHERS)}),
+        "size": 32, "row": tuple(f"{row}, 600 updates" for row in OTHERS)}),
     "B. Reverse chain in a hole, less diffusion": ("enter", "psnr", "diffusion", {"size": 96}),
     "Rows less the combination, σ = 25": ("final", "psnr", "combination", {"task": "noise 25", "rule": ""})}
 
@@ -1827,7 +1826,7 @@ def reduced(path: Path) -> Tensor:
 class Folder(UserList):
     """Paths of pictures, read when they are asked for: (3, H, W) in [0, 1]."""
 
-    def __getitem__(self, i: int) -> Tensor:
+    def __getitem__(self, i):
         return reduced(self.data[i]).float() / 255
 
 
@@ -1843,7 +1842,7 @@ def users_photos(folder: str) -> Folder:
     return found
 
 
-def number(text: str, name: str, low: float, high: float, whole: bool = False) -> float:
+def number(text: str, name: str, low: float, high: float, whole: bool = False) -> Any:
     fits = re.fullmatch(r"\d+" if whole else r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text)
     check(fits and low <= float(text) <= high,
           f"{name}={text} is not a {'whole ' * whole}number from {low:,} to {high:,}")
@@ -2024,7 +2023,8 @@ def command_line() -> None:
     """python experiments.py COMMAND [name=value …], the arguments of one of six functions."""
     commands = {"all": make_all, "report": make_report, "figures": make_figures, "lesson": lesson,
                 "train": train_on, "restore": restore}
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     command, *given = sys.argv[1:] or [""]
     try:
         # One thread: two programs of two threads each would wait for one another in busy loops.

@@ -23,8 +23,7 @@ from torch import Tensor
 
 import ddpm
 import dip
-
-Problem, Restoration = dip.Problem, dip.Restoration
+from dip import Fresh, Problem, Restoration
 
 
 # ------------------------------------------------------------------- noise stages that tell DIP when to stop
@@ -113,19 +112,22 @@ class LeastRisk(dip.Valley):
     def __init__(self, problem: Problem, link: Link, patience: int = 15):
         super().__init__(patience)
         self.problem, self.link = problem, link
+        self.facts = {"risk": math.nan, "expected": math.nan}
 
     def __call__(self, step: dip.Step) -> bool:
         y, sigma, images = self.problem.y, self.problem.sigma, step.average.split(1)
-        now = (pair_risk if len(images) == 2 else risk)(*images, y, sigma, self.link)
+        judge: Callable = pair_risk if len(images) == 2 else risk
+        now = judge(*images, y, sigma, self.link)
         stop = self.record(step.i, now)
         if self.best == step.i:
-            better = expected_error(now, *images, y, sigma, self.link) if len(images) == 2 else now
+            better = (expected_error(now, images[0], images[1], y, sigma, self.link)
+                      if len(images) == 2 else now)
             self.facts = {"risk": now, "expected": better}
         self.facts = self.facts | {"risk_now": now}
         return stop
 
 
-def antithetic_pair(problem: Problem, fresh: Callable, generator: torch.Generator, *,
+def antithetic_pair(problem: Problem, fresh: Fresh, generator: torch.Generator, *,
                     ratios: Sequence[float] = (0.25,), antithetic: bool = True, warm: bool = False,
                     patience: int = 15, steps: int = 2000, watch: bool = False, **options
                     ) -> Iterator[Restoration]:
@@ -158,7 +160,7 @@ def antithetic_pair(problem: Problem, fresh: Callable, generator: torch.Generato
         yield Restoration(best.image, facts, stage.now, stages)
 
 
-def one_sided_sure(problem: Problem, fresh: Callable, generator: torch.Generator, *, ratio: float = 0.25,
+def one_sided_sure(problem: Problem, fresh: Fresh, generator: torch.Generator, *, ratio: float = 0.25,
                    patience: int = 15, steps: int = 2000, watch: bool = False, **options
                    ) -> Iterator[Restoration]:
     """Monte-Carlo SURE (Ramani, Blu & Unser 2008) along a plain fit to y, for one image at a time.
@@ -315,7 +317,7 @@ def kept_back(problem: Problem, generator: torch.Generator, share: float = 0.2) 
     return scattered(problem, generator, share)
 
 
-def held_out(problem: Problem, fresh: Callable, generator: torch.Generator, *, steps: int = 2000,
+def held_out(problem: Problem, fresh: Fresh, generator: torch.Generator, *, steps: int = 2000,
              **options) -> Iterator[Restoration]:
     """DIP, stopped by a twentieth of the measurements that it does not see: needs neither σ nor the truth."""
     unseen = scattered(problem, generator)
@@ -453,7 +455,7 @@ def diffusion(problem: Problem, model: ddpm.Model, generator: torch.Generator,
         yield Restoration(images.mean(1), {"diversity": apart.sqrt().tolist()})
 
 
-def refit(problem: Problem, model: ddpm.Model, fresh: Callable, generator: torch.Generator, *,
+def refit(problem: Problem, model: ddpm.Model, fresh: Fresh, generator: torch.Generator, *,
           brief: int = 100, updates: int = 20, weight: float = 0.1, t: int = 300, evaluations: int = 8,
           eta: float = 0.0, **options) -> Iterator[Restoration]:
     """DDNM with DIP refits: a DIP of `brief` updates starts the chain at step t and is fitted again in it.
@@ -474,7 +476,7 @@ def refit(problem: Problem, model: ddpm.Model, fresh: Callable, generator: torch
 
 # --------------------------------------------------------------------------- a diffusion model in DIP's loss
 
-def regularised(problem: Problem, model: Optional[ddpm.Model], fresh: Callable, generator: torch.Generator, *,
+def regularised(problem: Problem, model: Optional[ddpm.Model], fresh: Fresh, generator: torch.Generator, *,
                 steps: int = 800, weight: float = 0.3, floor: float = 1.0, constrain: bool = True, **options
                 ) -> Iterator[Restoration]:
     """Denoiser-regularised DIP: min_θ max(mean (f_θ − y)², floor · σ²) + weight · mean (f_θ − D(y))².

@@ -43,7 +43,7 @@ with tempfile.TemporaryDirectory() as where:
     for k in range(int(sys.argv[1]) if sys.argv[1:] else 20):
         process, how = start(stopped), random.choice([signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
         try:
-            process.wait(random.uniform(2, 40))
+            process.wait(random.uniform(2, 15))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, how)
         done = len(list((stopped / ".cache").glob("*.pt")))

@@ -291,6 +291,12 @@ def test_logit_normal_steps_have_their_quantiles():
         assert (share <= quantile).double().mean().item() == pytest.approx(below, abs=0.01)
 
 
+def test_time_features_turn_once_in_2_pi_steps_and_slower():
+    found = ddpm.time_features(torch.tensor([3, 500]), 4)
+    assert found.tolist() == [pytest.approx([math.sin(t), math.sin(t / 100), math.cos(t), math.cos(t / 100)],
+                                            abs=1e-4) for t in (3, 500)]
+
+
 @pytest.mark.parametrize("head", [ddpm.eps_head, ddpm.v_head])
 def test_two_images_are_learnt_by_heart(head):
     s, pictures = ddpm.cosine(100), torch.full((2, 1, 8, 8), 0.1)

@@ -120,6 +120,17 @@ def test_a_chain_must_rise():
             hybrid.noising_chain(torch.zeros(1, 1, 2, 2), SIGMA, ratios, gen())
 
 
+@pytest.mark.parametrize("n", [3, 4])
+def test_stages_are_equally_many_steps_of_a_schedule_apart(n):
+    s, sigma = ddpm.linear(4000), 25 / 255
+    ratios = hybrid.equal_steps(s, sigma, n)
+    steps = torch.tensor([ddpm.step_of(s, sigma * math.hypot(1, ratio)) for ratio in ratios])
+    assert len(ratios) == n and ratios[::n - 1] == (2.0, 0.25)
+    # ratios have two digits, the last of them worth up to three steps
+    assert ratios == tuple(round(ratio, 2) for ratio in ratios)
+    assert (steps[:-1] - steps[1:] - 277 / (n - 1)).abs().max() < 4
+
+
 @pytest.mark.parametrize("estimate", [
     torch.zeros_like, torch.clone, torch.round, lambda q: 0.7 * q + 0.1, lambda q: (3 * q).tanh() ** 2])
 def test_risks_are_unbiased_for_any_estimator_and_a_pair_is_quieter(estimate):
