@@ -226,8 +226,7 @@ def unseen_of(problem: dip.Problem) -> Tensor:
     return hybrid.kept_back(problem, starting(problem, "kept back"))
 
 
-def fresh(problem: dip.Problem, generator: torch.Generator, copies: int = 1, **options
-          ) -> tuple[dip.Hourglass, Tensor]:
+def fresh(problem: dip.Problem, generator: torch.Generator, copies: int = 1, **options) -> tuple:
     """Tool: new hourglasses, `copies` for each picture, run as one network; and their inputs."""
     _, channels, *shape = problem.shape
     options = {"c_out": channels, "widths": (32,) * 4, "upsample": "nearest", "padding": "zeros"} | options
@@ -432,8 +431,7 @@ def definitions() -> dict:
             stored = [part.id for target in getattr(node, "targets", []) for part in ast.walk(target)
                       if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)]
             found |= {(module, name): node for name in stored or [getattr(node, "name", "")]}
-            table = getattr(node, "value", None)
-            if stored and isinstance(table, ast.Dict):
+            if stored and isinstance(table := getattr(node, "value", None), ast.Dict):
                 found |= {(module, f"{stored[0]}[{getattr(key, 'value', '')}]"): value
                           for key, value in zip(table.keys, table.values)}
     return found
@@ -735,7 +733,7 @@ def sample(job: Job) -> dict:
 
 
 def restoration(job: Job) -> dict:
-    """Damage pictures, restore them by a method, score: here a truth meets an estimate (and in `film`).
+    """Damage pictures, restore them by a method, score: here a truth meets an estimate (and in `frames`).
 
     Settings that no method sees: start (other random numbers), leak, belief (a factor of the σ that is told;
     0: it is estimated), blind.
@@ -813,7 +811,34 @@ def to_bytes(x: Tensor) -> Tensor:
     return (x.detach().cpu().clamp(0, 1) * 255).round().byte()
 
 
-WORK = {"train": train, "sample": sample}
+def frames(job: Job) -> dict:
+    """A film: the reverse chain from y, the fit of a DIP pair, and that averaged with the experts; scored."""
+    experts = [dip.Restoration(each["image"], each["facts"]) for each in map(Job.result, job.experts)]
+    (denoise, s, _), clean = model_of(job.model), pictures(job.photos, job.size).to(DEVICE)
+    problem, count = measured(clean, job.task, *job.photos, 0), 30
+    t = ddpm.step_of(s, problem.sigma)
+    x = s.alpha_bar[t].sqrt().item() * ddpm.to_diffusion(problem.y)
+    chain = [ddpm.to_image(sample.x / s.alpha_bar[sample.t].sqrt().item()) for sample in ddpm.ddim(
+        denoise, s, x, count, torch.Generator(), t_start=t)]
+    tools, _ = toolbox(problem, starting(problem), None, {})
+    fit, found = list(perform("pair", problem, tools, {"patience": 60})), []
+    for k in range(1, count + 1):
+        now = fit[k * len(fit) // count - 1]
+        pair = dip.Restoration(now.now, {"risk": now.facts["risk_now"]})
+        *_, both = hybrid.weighted(problem, [pair, *experts])
+        shown = {"reverse chain": chain[k * len(chain) // count - 1], "DIP pair": now.now,
+                 "combination": both.image}
+        tiles = torch.cat(list(shown.values()), -1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+        pixels = to_bytes(nn.functional.pad(tiles, (0, 0, 0, 16), value=1))[0].permute(1, 2, 0)
+        frame = Image.fromarray(pixels.numpy())
+        for j, (label, image) in enumerate(shown.items()):
+            text = f"{label}: {metrics.psnr(image.clamp(0, 1), clean).item():.1f} dB"
+            ImageDraw.Draw(frame).text((192 * j + 4, 194), text, "black")
+        found.append(torch.from_numpy(np.array(frame)))
+    return {"records": [], "images": torch.stack(found)}
+
+
+WORK = {"train": train, "sample": sample, "film": frames}
 
 
 # ------------------------------------------------------------------------------------ sweeps, one a question
@@ -1211,20 +1236,17 @@ class Query:
         def cell(column: str, at: dict) -> str:
             value, spec, sign, row = re.fullmatch(r"(.*?):(\S*)(?: (-|of) (.*))?", column).groups()
             others = RIVALS if value.endswith("alone") else RIVALS + CONTROLS
-            if value.startswith("rival"):
-                return self.rival(question, others, **at)
-            if value.startswith("gain"):
-                return format(self.gain(question, others, **at), spec)
-            at = at | ({"row": row} if sign == "of" else {})
-            return format(self(value, question, {"row": row} if sign == "-" else None, **at), spec)
-
-        def filled(column: str, at: dict) -> str:
             with contextlib.suppress(KeyError):
-                return cell(column, at)
+                if value.startswith("rival"):
+                    return self.rival(question, others, **at)
+                if value.startswith("gain"):
+                    return format(self.gain(question, others, **at), spec)
+                at = at | ({"row": row} if sign == "of" else {})
+                return format(self(value, question, {"row": row} if sign == "-" else None, **at), spec)
             return ""
         rows = rows or dict.fromkeys(record["row"] for record in self.select(question, **where))
         drawn = [["", *columns]]
-        drawn += [[name, *(filled(column, where | at) for column in columns.values())]
+        drawn += [[name, *(cell(column, where | at) for column in columns.values())]
                   for name, at in (lines or {row: {"row": row} for row in rows}).items()]
         head, *body = ["| " + " | ".join(line) + " |" for line in drawn]
         return "\n".join([head, "|---" + "|---:" * len(columns) + "|", *body])
@@ -1467,36 +1489,15 @@ def plot_forest(rows: dict, q: Query) -> Figure:
     return figure
 
 
-def film(rows: dict, q: Query, count: int = 30) -> list[Image.Image]:
-    """Frames at σ = 25: the reverse chain from y, the fit of a DIP pair, both averaged with NL-Ridge."""
-    task = "noise 25"
-    photo = median_photo(q, task)
-    done = [each for row, each in rows["final"] if row in ("diffusion-pair", "ridge-pair")
-            and each.task == task and each.photos == (photo,)]
-    experts = [dip.Restoration(each.result()["image"], each.result()["facts"]) for each in done]
-    denoise, s, _ = model_of(next(each.model for each in done if each.model))
-    clean = pictures((photo,), 96).to(DEVICE)
-    problem = measured(clean, task, photo, 0)
-    t = ddpm.step_of(s, problem.sigma)
-    x = s.alpha_bar[t].sqrt().item() * ddpm.to_diffusion(problem.y)
-    chain = [ddpm.to_image(sample.x / s.alpha_bar[sample.t].sqrt().item()) for sample in ddpm.ddim(
-        denoise, s, x, count, torch.Generator(), t_start=t)]
-    tools, _ = toolbox(problem, starting(problem), None, {})
-    fit, frames = list(perform("pair", problem, tools, {"patience": 60})), []
-    for k in range(1, count + 1):
-        now = fit[k * len(fit) // count - 1]
-        pair = dip.Restoration(now.now, {"risk": now.facts["risk_now"]})
-        *_, both = hybrid.weighted(problem, [pair, *experts])
-        shown = {"reverse chain": chain[k * len(chain) // count - 1], "DIP pair": now.now,
-                 "combination": both.image}
-        tiles = torch.cat(list(shown.values()), -1).repeat_interleave(2, 2).repeat_interleave(2, 3)
-        pixels = to_bytes(nn.functional.pad(tiles, (0, 0, 0, 16), value=1))[0].permute(1, 2, 0)
-        frame = Image.fromarray(pixels.numpy())
-        for j, (label, image) in enumerate(shown.items()):
-            text = f"{label}: {metrics.psnr(image.clamp(0, 1), clean).item():.1f} dB"
-            ImageDraw.Draw(frame).text((192 * j + 4, 194), text, "black")
-        frames.append(frame.quantize(96))
-    return frames
+def film(rows: dict, q: Query) -> list[Image.Image]:
+    """The film of the median photograph at σ = 25: computed once, like every job."""
+    at = "noise 25", (median_photo(q, "noise 25"),)
+    done = tuple(each for row, each in rows["final"] if row in ("diffusion-pair", "ridge-pair")
+                 and (each.task, each.photos) == at)
+    shot = Job("film", at[1], at[0], model=next(each.model for each in done if each.model), experts=done)
+    if not shot.done():
+        make(shot)
+    return [Image.fromarray(frame.numpy()).quantize(96) for frame in shot.result()["images"].cpu()]
 
 
 FIGURES = {"answer": plot_answer, "axis": plot_axis, "baselines": plot_baselines, "stop": plot_stop,

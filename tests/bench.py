@@ -30,8 +30,8 @@ FIVE = {"widths": (128,) * 5, "upsample": "bilinear", "padding": "reflect"}
 
 def hourglass(size, n=1, **options):
     problem = dip.Problem(torch.rand(1, 3, size, size, device=E.DEVICE), dip.identity())
-    y, network = problem.y.expand(n, -1, -1, -1), E.fresh(problem, G, n, **options)
-    return functools.partial(next, dip.fit(y, lambda x: x, *network, 10 ** 6, G))
+    y, (network, z) = problem.y.expand(n, -1, -1, -1), E.fresh(problem, G, n, **options)
+    return functools.partial(next, dip.fit(y, lambda x: x, network, z, 10 ** 6, G))
 
 
 class Plain(nn.Module):
@@ -113,8 +113,8 @@ facts = {}
 if sys.argv[1:] == ["long"]:
     clean = E.square("motorcycle_left", 128)
     y = E.measured(clean, "noise 25").y
-    network = E.fresh(dip.Problem(y, dip.identity()), G)
-    ours = (step.average for step in dip.fit(y, lambda x: x, *network, 600, G))
+    network, z = E.fresh(dip.Problem(y, dip.identity()), G)
+    ours = (step.average for step in dip.fit(y, lambda x: x, network, z, 600, G))
     both = progress(ours, clean, 600), progress(plainly(y), clean, 1800)
     goal = min(found[-1][0] for found in both)
     here, plain = (next(seconds for score, seconds in found if score >= goal) for found in both)
