@@ -58,7 +58,7 @@ def test_real_cats_are_found_part_by_part_and_a_collapse_is_seen():
 
 @pytest.mark.parametrize("task", E.TASKS)
 def test_measurements(task):
-    clean, generator = E.square("coffee", 96), E.seeded("x")
+    clean, generator = E.square("coffee", 96).to(E.DEVICE), E.seeded("x")
     problem, again = (E.measured(clean, task, "coffee", 0) for _ in range(2))
     noise = problem.y - problem.operator.A(clean)
     assert torch.equal(problem.y, again.y) and problem.shape == clean.shape

@@ -155,10 +155,10 @@ def test_restore_gives_the_picture_of_the_record(tiny, tmp_path, monkeypatch, me
 
     def rounded(*what):
         problem = exact(*what)
-        return problem._replace(y=E.to_bytes(problem.y) / 255)
+        return problem._replace(y=(E.to_bytes(problem.y) / 255).to(E.DEVICE))
     monkeypatch.setattr(E, "measured", rounded)
     size, steps = 64, 0 if method == "stacked" else 9
-    E.save_picture(rounded(E.square("coffee", size), task, "coffee", 0).y, tmp_path / "y.png")
+    E.save_picture(rounded(E.square("coffee", size).to(E.DEVICE), task, "coffee", 0).y, tmp_path / "y.png")
     at = {"photo": "coffee", "task": task, "size": size, "model": tiny}
     experts = tuple(E.job(name, **at, **extra | ({"steps": steps} if name == "pair" else {}))
                     for name, extra in E.METHODS[method].experts)
@@ -202,7 +202,7 @@ def test_a_new_method_shows_up_everywhere(tiny, tmp_path, monkeypatch):
     """In restore, in quick and in a query, by its line in METHODS alone."""
     def grey(problem):
         """Half of white."""
-        yield dip.Restoration(torch.full(problem.shape, 0.5))
+        yield dip.Restoration(torch.full(problem.shape, 0.5).to(problem.y))
     monkeypatch.setitem(E.METHODS, "grey", E.Method(grey, "half of white"))
     E.save_picture(torch.rand(1, 3, 20, 20), tmp_path / "y.png")
     E.restore(str(tmp_path / "y.png"), "denoise", "grey", out=str(tmp_path / "x.png"))
@@ -219,9 +219,9 @@ def test_a_new_method_shows_up_everywhere(tiny, tmp_path, monkeypatch):
 def test_pictures_of_a_group_are_fitted_as_one_and_scored_each(tiny):
     job = E.quickly(E.job("pair", (3, 5), "noise 25", size=32))
     result = made(job)
-    alone = E.pictures((5,), 32)
+    alone = E.pictures((5,), 32).to(E.DEVICE)
     assert [record["photo"] for record in result["records"]] == ["3", "5"]
-    assert torch.equal(result["images"]["truth"][1:], E.to_bytes(alone))
+    assert torch.equal(result["images"]["truth"][1:].cpu(), E.to_bytes(alone))
     psnr = metrics.psnr(result["image"][1:].clamp(0, 1), alone).item()
     assert result["records"][1]["psnr"] == pytest.approx(psnr, abs=1e-4)
     job = E.job("diffusion", "coffee", "hole", size=48, model=tiny, samples=2)
