@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections import UserList, namedtuple
+from collections import UserList, deque, namedtuple
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -1968,12 +1968,11 @@ def restore(image="", task="", method="auto", sigma="", mask="", factor="", out=
     settings = {"steps": number(steps, "STEPS", 1, 10 ** 6, whole=True)} if steps else {}
     settings |= {"samples": 1} if count > 1 else {}
     chosen = {"auto": "weighted" if problem.sigma else "stacked"}.get(method, method)
-    wanted = needs_model(chosen)
-    check(wanted or not images, f"METHOD={method} uses no model: leave IMAGES out")
+    check(needs_model(chosen) or not images, f"METHOD={method} uses no model: leave IMAGES out")
     trained = users_model(images, train_steps)
     if method == "auto" and not images and not trained.done():
         trained = None
-    compute([trained] if wanted and trained else [], 1)
+    compute([trained] if trained and needs_model(chosen) else [], 1)
     found = for_user(chosen, problem, settings, trained)
     mean, before = found.image.mean(0, keepdim=True), problem.operator.pinv(problem.y[:1])
     compared = torch.cat([before, torch.ones_like(mean[..., :8]), mean], -1)
@@ -2000,10 +1999,11 @@ def for_user(method: str, problem: dip.Problem, settings: dict, model: Optional[
     called = [(name, more) for name, more in METHODS[method].experts if model or "model" not in names(name)]
     experts = [for_user(name, problem, settings, model, **more) for name, more in called]
     settings = {name: value for name, value in settings.items() if name in names(method, settings=True)}
-    trained = model if "model" in names(method) else None
-    tools, _ = toolbox(problem, starting(problem, 0, start), trained, settings)
-    for found in tqdm(perform(method, problem, tools | {"experts": experts}, settings), desc=method):
-        pass
+    takes = inspect.signature(METHODS[method].run).parameters
+    most = settings.get("steps", takes["steps"].default) if "steps" in takes else 0  # it may stop earlier
+    tools, _ = toolbox(problem, starting(problem, 0, start), model if "model" in takes else None, settings)
+    run = perform(method, problem, tools | {"experts": experts}, settings)
+    found = deque(tqdm(run, desc=method, total=most or None), 1).pop()
     if "weights" in found.facts and experts:
         shares = zip(called, found.facts["weights"][0])
         print("weights: " + ", ".join(f"{name} {share:.2f}" for (name, _), share in shares)
