@@ -91,11 +91,6 @@ def test_no_photo_is_in_two_sets():
     assert len({*E.ONE, *E.TWO, *E.DEVELOPMENT, *E.COMMON}) == 12 + 4 + 7
 
 
-def test_loops_and_methods_are_generators():
-    loops = [ddpm.train, ddpm.p_sample, ddpm.ddim, dip.fit, *(method.run for method in E.METHODS.values())]
-    assert all(map(inspect.isgeneratorfunction, loops))
-
-
 # ---------------------------------------------------------------------------------------------- every method
 
 @pytest.fixture(scope="session")

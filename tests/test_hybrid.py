@@ -393,7 +393,6 @@ def test_the_error_curve_of_an_exact_denoiser_is_the_posterior_variance():
     s, ts = ddpm.cosine(100), [10, 30, 35, 80]
     x0 = ddpm.to_image(MEAN + STD * torch.randn(40, 1, 20, 20, generator=gen()))
     v, noise = ddpm.error_curve(gaussian(s), s, x0, ts, gen(1)), 4 * ddpm.noise_level(s)[ts] ** 2
-    assert len(v) == s.T + 1
     assert v[ts].tolist() == pytest.approx((STD ** 2 * noise / (STD ** 2 + noise) / 4).tolist(), rel=0.04)
     for left, right in zip(ts, ts[1:]):
         line = torch.lerp(v[left].log(), v[right].log(), torch.linspace(0, 1, right - left + 1))
@@ -585,3 +584,16 @@ def test_the_model_is_evaluated_once_at_y_and_its_own_noise_level():
     (xt, t), = asked
     scale = SCHEDULE.alpha_bar[t].sqrt().item()
     assert t == ddpm.step_of(SCHEDULE, SIGMA) and torch.allclose(xt, scale * (2 * problem.y - 1), atol=1e-6)
+
+
+def test_further_terms_pull_towards_the_features_of_y_and_towards_real_patches():
+    problem, network = dip.Problem(rand(1, 3, 16, 16), dip.identity(), 0.1), ddpm.UNet(3, (8, 16))
+    images, white = rand(8, 3, 16, 16, seed=1).requires_grad_(), torch.ones(4, 3, 16, 16)
+    pull = hybrid.perceptual(problem, network, SCHEDULE)
+    each, whole = [pull(image[None], 1).item() for image in images], pull(images, 1).item()
+    assert pull(problem.y, 1) == 0 < min(each) and whole == pytest.approx(sum(each), rel=1e-4)
+    judge = hybrid.adversarial(problem, lambda: white)
+    *_, last = (judge(images, i) for i in range(60))
+    assert images.grad is None and last > 0.01 * problem.sigma ** 2 * len(images)
+    last.backward()
+    assert images.grad.mean() < 0
