@@ -54,6 +54,7 @@ bench: .venv/ready
 	$(PY) tests/bench.py $(if $(LONG),long)
 
 # Values travel in the environment, so that spaces and quotes in file names stay what they are.
+unexport IMAGE MASK OUT IMAGES
 restore: export RESTORE_IMAGE := $(value IMAGE)
 restore: export RESTORE_TASK := $(value TASK)
 restore: export RESTORE_SIGMA := $(value SIGMA)

@@ -22,6 +22,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from collections import UserList, deque, namedtuple
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, ProcessPoolExecutor, wait
@@ -1725,6 +1726,7 @@ def make_report(scale: str = "full") -> None:
 PIXELS = min(4_000_000, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 12000)
 # `opened` has limits of its own, not Pillow's
 Image.MAX_IMAGE_PIXELS = None
+warnings.filterwarnings("ignore", module="PIL")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 # the EXIF tag "software" of what this program writes
 MARK = Image.Exif()
@@ -1746,6 +1748,10 @@ def opened(path: str, limit: int) -> Image.Image:
               f"resize it, to {limit:,} in all at most")
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             print(f"{path} has {image.n_frames} frames: the first is taken")
+        tags = getattr(image, "tag_v2", {})
+        inverted = tags.get(262) == 0 and image.mode not in ("1", "L")
+        odd = image.mode == "I" or 2 in tags.get(339, ()) or inverted
+        check(not odd, f"{path} is a TIFF of 32-bit, signed or inverted integers: convert it to PNG")
         image.load()
     except Refusal:
         raise
@@ -1754,14 +1760,17 @@ def opened(path: str, limit: int) -> Image.Image:
     # a broken EXIF block or colour profile is no reason to refuse the picture
     with contextlib.suppress(Exception):
         image = ImageOps.exif_transpose(image)
+    profile, alpha = image.info.get("icc_profile"), "A" in image.mode or "transparency" in image.info
     with contextlib.suppress(Exception):
-        profile, alpha = image.info.get("icc_profile"), "A" in image.mode or "transparency" in image.info
         if image.mode in ("P", "PA", "LA") or image.mode in ("L", "RGB") and alpha:
             image = image.convert("RGBA" if alpha else "RGB")
         if profile and image.mode in ("L", "RGB", "RGBA", "CMYK"):
             image = ImageCms.profileToProfile(
                 image, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"),
                 outputMode="RGBA" if image.mode == "RGBA" else "RGB")
+            profile = None
+    if profile:
+        print(f"{path}: its colour profile does not fit its pixels and is left out")
     return image
 
 
@@ -1776,7 +1785,6 @@ def read_image(path: str, limit: int = PIXELS) -> Tensor:
               f"{path} uses less than a tenth of its 16 bits: convert it to 8 bits or to their full range")
         pixels = to_tensor(values / (1 if image.mode == "F" else 65535) * 255)
     else:
-        check(image.mode != "I", f"{path} has 32-bit integers of unknown range: convert it to 8 or 16 bits")
         pixels = to_tensor(image.convert("L" if image.mode in ("1", "L") else "RGB"))
     check(pixels.isfinite().all() and 0 <= pixels.min() and pixels.max() <= 1,
           f"{path} has pixels that are not numbers in [0, 1]: convert it to an 8- or 16-bit image")
@@ -1838,7 +1846,8 @@ def users_photos(folder: str) -> Folder:
         with contextlib.suppress(Refusal):
             reduced(path)
             found.append(path)
-    if left_out := [path.name for path in paths if path not in found.data]:
+    left_out = [path.name for path in paths if path not in found.data]
+    if left_out and not multiprocessing.parent_process():
         print(f"left out, as broken, too large or with sides under 64 pixels: {', '.join(left_out)}")
     return found
 
@@ -1854,20 +1863,20 @@ def users_noise(y: Tensor, image: str, sigma: str) -> tuple[float, bool]:
     """The noise level that the user believes or that is estimated; does something speak against it?"""
     guess, coarse = metrics.noise_level(y), 2 * metrics.noise_level(nn.functional.avg_pool2d(y, 2))
     level = number(sigma, "SIGMA", 0.5, 255) / 255 if sigma else guess
-    print(f"noise: sigma {255 * level:.1f} of 255" + (
-        f" (the photo looks like {255 * guess:.1f})" if sigma else " (estimated)"))
+    origin = f"the photo looks like {255 * guess:.1f}" if sigma else "estimated, too roughly for a PSNR"
+    print(f"noise: sigma {255 * level:.1f} of 255 ({origin})")
     check(level >= 0.5 / 255, "no noise was found in this photo: give SIGMA=… (0.5 to 255) if there is some")
     cut = ((y == 0) | (y == 1)).float().mean().item()
     doubts = {
         "SIGMA is far from what the photo looks like": max(level, guess) > 1.5 * min(level, guess) + 1 / 255,
         "this file is compressed, and its noise no longer white":
-            Image.open(at_home(image)).format in ("JPEG", "MPO", "WEBP"),
+            Image.open(at_home(image)).format in ("JPEG", "MPO", "WEBP", "AVIF", "GIF"),
         "the noise is not independent from pixel to pixel (enlarged? compressed?), or there is hardly any":
             coarse > 2 * guess,
         f"{100 * cut:.0f} % of the values are 0 or 255, where noise is cut": cut > 0.02}
     for doubt in (doubt for doubt, holds in doubts.items() if holds):
         print(f"careful: {doubt}; the estimates of noise and error may be wrong")
-    return level, any(doubts.values())
+    return level, not sigma or any(doubts.values())
 
 
 def users_problem(image: str, task: str, sigma: str, mask: str, factor: str) -> tuple[dip.Problem, bool]:
@@ -1896,20 +1905,22 @@ def users_problem(image: str, task: str, sigma: str, mask: str, factor: str) -> 
     return dip.Problem(y * known, dip.mask(known)), False
 
 
-def users_targets(out: str, default: Path, image: str, endings: tuple = ("",)) -> list[Path]:
+def users_targets(out: str, default: Path, pixels: int, given: tuple = (), endings=("",)) -> list[Path]:
     """Where to write, tried before any work is done; only results of this program are replaced."""
     target = at_home(out) if out else default
     check(target.suffix.lower() in (".png", ".jpg", ".jpeg") and target.parent.is_dir(),
           f"cannot write {target}: OUT needs an existing folder and the ending .png or .jpg")
     targets = [target.with_name(f"{target.stem}{ending}{target.suffix}") for ending in endings]
     for each in targets:
-        photo_itself = image and os.path.exists(each) and os.path.samefile(each, at_home(image))
-        check(not os.path.lexists(each) or ours(each) and not photo_itself,
-              f"{each} exists and is the photo itself or no result of this program: choose another OUT")
+        input_itself = os.path.exists(each) and any(os.path.samefile(each, at_home(path)) for path in given)
+        check(not os.path.lexists(each) or ours(each) and not input_itself,
+              f"{each} exists, the photo or mask itself or no result of this program: choose another OUT")
     probe = target.with_name(f"{target.stem}-before-after.{os.getpid()}.tmp{target.suffix}")
     try:
-        # as much as the largest result may take
-        probe.write_bytes(bytes(6 * PIXELS))
+        # as much as all results may take
+        probe.write_bytes(bytes(12 * pixels + 10 ** 5))
+        for each in filter(os.path.exists, targets):
+            each.open("ab").close()
     except OSError as error:
         raise Refusal(f"cannot write {target} ({error.strerror}): choose another OUT")
     finally:
@@ -1938,7 +1949,7 @@ def train_on(images: str = "", out: str = "", train_steps: str = "") -> None:
     """Train a photo model on a folder of images, keep it in the cache, and draw 16 samples."""
     model = users_model(images or "IMAGES", train_steps)
     default = Path(f"{at_home(images).resolve().name}-samples.png")
-    target, = users_targets(out, default, "")
+    target, = users_targets(out, default, 16 * 96 ** 2)
     drawn = job("sample", "photos", model=model, n=16, steps=20)
     compute([drawn], 1)
     lines = [torch.cat(list(line), -1) for line in drawn.result()["images"].split(4)]
@@ -1957,22 +1968,25 @@ def restore(image="", task="", method="auto", sigma="", mask="", factor="", out=
     count = number(samples or "1", "SAMPLES", 1, 64, whole=True)
     check(count == 1 or "samples" in names(method, settings=True) and not problem.sigma,
           f"SAMPLES is for METHOD=diffusion without noise: METHOD={method} has one result, leave it out")
-    check(count * math.prod(problem.shape[-2:]) <= PIXELS, "too many pixels: take fewer SAMPLES")
     place, endings = at_home(image), tuple(f"-{i + 1}" for i in range(count) if count > 1)
     # photo.png beside photo.jpg: the results of both keep their names apart
-    twins = [path for path in place.parent.iterdir() if path.stem == place.stem and path.name != place.name
-             and path.suffix.lower() in PICTURES]
+    twins = [path for path in place.parent.iterdir() if path.stem == place.stem and path.name != place.name]
     default = place.with_name(f"{place.name if twins else place.stem}-{task}-{method}.png")
-    targets = users_targets(out, default, image, ("", "-before-after", *endings))
+    pixels, given = count * math.prod(problem.shape[-2:]), (image, mask) if mask else (image,)
+    check(pixels <= PIXELS, "too many pixels: take fewer SAMPLES")
+    targets = users_targets(out, default, pixels, given, ("", "-before-after", *endings))
     problem = problem._replace(y=problem.y.repeat_interleave(count, 0))
     settings = {"steps": number(steps, "STEPS", 1, 10 ** 6, whole=True)} if steps else {}
     settings |= {"samples": 1} if count > 1 else {}
     chosen = {"auto": "weighted" if problem.sigma else "stacked"}.get(method, method)
-    check(needs_model(chosen) or not images, f"METHOD={method} uses no model: leave IMAGES out")
+    unused = ["STEPS"] * bool(steps and not takes(chosen, "steps"))
+    for option in unused + ["SIGMA"] * bool(sigma and chosen == "held-out"):
+        print(f"METHOD={method} does not use {option}")
+    check(takes(chosen, "model") or not images, f"METHOD={method} uses no model: leave IMAGES out")
     trained = users_model(images, train_steps)
     if method == "auto" and not images and not trained.done():
         trained = None
-    compute([trained] if trained and needs_model(chosen) else [], 1)
+    compute([trained] if trained and takes(chosen, "model") else [], 1)
     found = for_user(chosen, problem, settings, trained)
     mean, before = found.image.mean(0, keepdim=True), problem.operator.pinv(problem.y[:1])
     compared = torch.cat([before, torch.ones_like(mean[..., :8]), mean], -1)
@@ -1988,8 +2002,10 @@ def restore(image="", task="", method="auto", sigma="", mask="", factor="", out=
     print(f"{targets[0]} written, with its comparison, {time.perf_counter() - began:.0f} s")
 
 
-def needs_model(method: str) -> bool:
-    return "model" in names(method) or any(needs_model(name) for name, _ in METHODS[method].experts)
+def takes(method: str, name: str) -> bool:
+    """Does a method or one of its experts use this tool or setting?"""
+    own = names(method) | names(method, settings=True)
+    return name in own or any(takes(expert, name) for expert, _ in METHODS[method].experts)
 
 
 def for_user(method: str, problem: dip.Problem, settings: dict, model: Optional[Job], start=0, blind=False
@@ -1999,15 +2015,16 @@ def for_user(method: str, problem: dip.Problem, settings: dict, model: Optional[
     called = [(name, more) for name, more in METHODS[method].experts if model or "model" not in names(name)]
     experts = [for_user(name, problem, settings, model, **more) for name, more in called]
     settings = {name: value for name, value in settings.items() if name in names(method, settings=True)}
-    takes = inspect.signature(METHODS[method].run).parameters
-    most = settings.get("steps", takes["steps"].default) if "steps" in takes else 0  # it may stop earlier
-    tools, _ = toolbox(problem, starting(problem, 0, start), model if "model" in takes else None, settings)
+    known = inspect.signature(METHODS[method].run).parameters
+    most = settings.get("steps", known["steps"].default) if "steps" in known else 0  # it may stop earlier
+    tools, _ = toolbox(problem, starting(problem, 0, start), model if "model" in known else None, settings)
     run = perform(method, problem, tools | {"experts": experts}, settings)
     found = deque(tqdm(run, desc=method, total=most or None), 1).pop()
     if "weights" in found.facts and experts:
         shares = zip(called, found.facts["weights"][0])
+        left_out = dict.fromkeys(name for name, _ in METHODS[method].experts if name not in dict(called))
         print("weights: " + ", ".join(f"{name} {share:.2f}" for (name, _), share in shares)
-              + f"; no model yet, so none took part (METHOD={method} trains one)" * (not model))
+              + f"; without a model no {', '.join(left_out)} (METHOD={method} trains one)" * bool(left_out))
     return found
 
 

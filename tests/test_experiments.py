@@ -469,22 +469,21 @@ def test_odd_holes_are_filled_by_every_method(tiny, tmp_path, pixels):  # noqa: 
 
 def test_auto_names_its_experts_and_trains_no_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(E, "CACHE", tmp_path)
-    path = save(tmp_path / "x.png", noisy())
-    E.restore(path, "denoise", steps="3", sigma="25", out=str(tmp_path / "x.jpg"))
+    E.restore(save(tmp_path / "x.png", noisy()), "denoise", steps="3", sigma="25", out=f"{tmp_path}/x.jpg")
     said = capsys.readouterr().out
-    assert re.search(r"weights: pair [\d.]+, ridge-pair [\d.]+; no model yet", said)
+    assert re.search(r"weights: pair [\d.]+, ridge-pair [\d.]+; without a model no diffusion-pair", said)
 
 
 def test_no_quality_is_invented(tmp_path, capsys):
     """A risk that is negative, or within its own scatter, is no PSNR; doubts about the noise are said."""
     x = noisy()
     for sigma, ending, message in (("30", "png", "or SIGMA too large"), ("60", "png", "far from"),
-                                   ("", "jpg", "compressed"), ("20", "png", "expected PSNR")):
+                                   ("", "jpg", "compressed"), ("20", "png", "expected PSNR"),
+                                   ("", "png", "estimated, too roughly for a PSNR")):
         E.restore(save(tmp_path / f"{sigma}x.{ending}", x), "denoise", "ridge-pair", sigma=sigma)
         said = capsys.readouterr().out
         assert message in said and ("expected" in said) == (sigma == "20"), said
-    large = Image.fromarray(x).resize((74, 80), Image.Resampling.BICUBIC)
-    large.save(tmp_path / "large.png")
+    Image.fromarray(x).resize((74, 80), Image.Resampling.BICUBIC).save(tmp_path / "large.png")
     E.restore(str(tmp_path / "large.png"), "denoise", "ridge-pair")
     assert "not independent" in capsys.readouterr().out
 
@@ -537,13 +536,14 @@ def test_refusals_are_one_sentence(tmp_path):
     Image.fromarray(np.full((20, 20), np.nan, np.float32)).save(tmp_path / "nan.tiff")
     small, other = save(tmp_path / "small.png", noisy(9, 9)), save(tmp_path / "other.png", noisy(41, 37))
     flat = save(tmp_path / "flat.png", np.full((40, 40), 9, np.uint8))
-    half = save(tmp_path / "half.png", np.tile(np.uint8(255) * (np.arange(37) > 9), (40, 1)))
+    half = save(tmp_path / "half.png", np.tile(np.uint8(255) * (np.arange(37) > 9), (40, 1)), exif=E.MARK)
     os.mkfifo(tmp_path / "pipe.png")
     wide = save(tmp_path / "wide.png", np.zeros((16, 4001), np.uint8))
+    inverted = save(tmp_path / "w.tiff", np.full((40, 37), 9999, np.uint16), tiffinfo={262: 0})
     (tmp_path / "folder.png").mkdir(), save(tmp_path / "deep.tiff", np.full((40, 37), 255, np.int32))
     cases = [
         ("not there", {"image": "none.png"}), ("cannot be read", {"image": str(tmp_path / "broken.png")}),
-        ("be read", {"image": str(tmp_path / "cut.png")}), ("not a file", {"image": str(tmp_path)}),
+        ("be read", {"image": str(tmp_path / "cut.png")}), ("inverted", {"image": inverted}),
         ("not numbers", {"image": str(tmp_path / "nan.tiff")}), ("resize it", {"image": small}),
         ("needs IMAGE", {"image": ""}), ("needs IMAGE", {"task": "sharpen"}), ("no noise", {"image": flat}),
         ("choose auto, interpolation", {"task": "superres", "method": "pair"}),
@@ -558,12 +558,12 @@ def test_refusals_are_one_sentence(tmp_path):
         ("no result", {"out": str(tmp_path / "folder.png")}), ("too long", {"out": "x" * 250 + ".png"}),
         ("no use for SIGMA", {"task": "inpaint", "sigma": "25"}), ("no use for MASK", {"mask": black}),
         ("whole number", {"task": "superres", "factor": "2.5"}), ("whole number", {"samples": "1.5"}),
-        ("STEPS=-3", {"steps": "-3"}), ("STEPS=0", {"steps": "0"}), ("not there", {"image": "~nobody/x.png"}),
+        ("STEPS=-3", {"steps": "-3"}), ("STEPS=0", {"steps": "0"}),
         ("one result", {"samples": "4"}), ("needs IMAGES", {"train_steps": "99"}),
         ("uses no model", {"method": "pair", "images": str(tmp_path)}), ("sides", {"image": wide}),
         ("of its 16 bits", {"image": save(tmp_path / "dim.png", np.full((40, 37), 999, np.uint16))}),
         ("not a file", {"image": str(tmp_path / "pipe.png")}), ("STEPS=loud", {"steps": "loud"}),
-        ("32-bit", {"image": str(tmp_path / "deep.tiff")}),
+        ("32-bit", {"image": str(tmp_path / "deep.tiff")}), ("not there", {"image": "~nobody/x.png"}),
         ("IMAGES=folder", {"method": "diffusion", "images": str(tmp_path / "none")})]
     for message, arguments in cases:
         with pytest.raises(E.Refusal, match=message) as caught:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PURE = ("metrics", "ddpm", "dip", "hybrid")
 ALL = (*PURE, "experiments")
 MAY_IMPORT = {"hybrid": {"ddpm", "dip"}, "experiments": set(ALL)}
-BUDGET = {"metrics": 100, "ddpm": 350, "dip": 300, "hybrid": 420, "experiments": 1704}
+BUDGET = {"metrics": 100, "ddpm": 350, "dip": 300, "hybrid": 420, "experiments": 1721}
 RANDOM = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "rand_like"}
 
 
