@@ -1724,7 +1724,7 @@ def make_report(scale: str = "full") -> None:
 
 # a pair of DIPs takes about 6 kB a pixel, eight chains of a model a little more
 PIXELS = min(4_000_000, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 12000)
-# `opened` has limits of its own, not Pillow's
+# `opened` has limits of its own and says itself what is wrong
 Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", module="PIL")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
@@ -1748,10 +1748,9 @@ def opened(path: str, limit: int) -> Image.Image:
               f"resize it, to {limit:,} in all at most")
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             print(f"{path} has {image.n_frames} frames: the first is taken")
-        tags = getattr(image, "tag_v2", {})
-        inverted = tags.get(262) == 0 and image.mode not in ("1", "L")
-        odd = image.mode == "I" or 2 in tags.get(339, ()) or inverted
-        check(not odd, f"{path} is a TIFF of 32-bit, signed or inverted integers: convert it to PNG")
+        tags, mode = getattr(image, "tag_v2", {}), image.mode
+        check(mode != "I" and 2 not in tags.get(339, ()) and (tags.get(262) != 0 or mode in ("1", "L")),
+              f"{path} is a TIFF of 32-bit, signed or inverted integers: convert it to PNG")
         image.load()
     except Refusal:
         raise
@@ -1905,15 +1904,15 @@ def users_problem(image: str, task: str, sigma: str, mask: str, factor: str) -> 
     return dip.Problem(y * known, dip.mask(known)), False
 
 
-def users_targets(out: str, default: Path, pixels: int, given: tuple = (), endings=("",)) -> list[Path]:
+def users_targets(out: str, default: Path, pixels: int, inputs: tuple = (), endings=("",)) -> list[Path]:
     """Where to write, tried before any work is done; only results of this program are replaced."""
     target = at_home(out) if out else default
     check(target.suffix.lower() in (".png", ".jpg", ".jpeg") and target.parent.is_dir(),
           f"cannot write {target}: OUT needs an existing folder and the ending .png or .jpg")
     targets = [target.with_name(f"{target.stem}{ending}{target.suffix}") for ending in endings]
     for each in targets:
-        input_itself = os.path.exists(each) and any(os.path.samefile(each, at_home(path)) for path in given)
-        check(not os.path.lexists(each) or ours(each) and not input_itself,
+        itself = os.path.exists(each) and any(os.path.samefile(each, at_home(path)) for path in inputs)
+        check(not os.path.lexists(each) or ours(each) and not itself,
               f"{each} exists, the photo or mask itself or no result of this program: choose another OUT")
     probe = target.with_name(f"{target.stem}-before-after.{os.getpid()}.tmp{target.suffix}")
     try:
@@ -1949,7 +1948,7 @@ def train_on(images: str = "", out: str = "", train_steps: str = "") -> None:
     """Train a photo model on a folder of images, keep it in the cache, and draw 16 samples."""
     model = users_model(images or "IMAGES", train_steps)
     default = Path(f"{at_home(images).resolve().name}-samples.png")
-    target, = users_targets(out, default, 16 * 96 ** 2)
+    target, = users_targets(out, default, 16 * 64 ** 2)
     drawn = job("sample", "photos", model=model, n=16, steps=20)
     compute([drawn], 1)
     lines = [torch.cat(list(line), -1) for line in drawn.result()["images"].split(4)]
@@ -1972,21 +1971,22 @@ def restore(image="", task="", method="auto", sigma="", mask="", factor="", out=
     # photo.png beside photo.jpg: the results of both keep their names apart
     twins = [path for path in place.parent.iterdir() if path.stem == place.stem and path.name != place.name]
     default = place.with_name(f"{place.name if twins else place.stem}-{task}-{method}.png")
-    pixels, given = count * math.prod(problem.shape[-2:]), (image, mask) if mask else (image,)
+    pixels = count * math.prod(problem.shape[-2:])
     check(pixels <= PIXELS, "too many pixels: take fewer SAMPLES")
-    targets = users_targets(out, default, pixels, given, ("", "-before-after", *endings))
+    targets = users_targets(out, default, pixels, (image, mask or image), ("", "-before-after", *endings))
     problem = problem._replace(y=problem.y.repeat_interleave(count, 0))
     settings = {"steps": number(steps, "STEPS", 1, 10 ** 6, whole=True)} if steps else {}
     settings |= {"samples": 1} if count > 1 else {}
     chosen = {"auto": "weighted" if problem.sigma else "stacked"}.get(method, method)
-    unused = ["STEPS"] * bool(steps and not takes(chosen, "steps"))
-    for option in unused + ["SIGMA"] * bool(sigma and chosen == "held-out"):
+    unused = {"STEPS": steps and not takes(chosen, "steps"), "SIGMA": sigma and chosen == "held-out"}
+    for option in filter(unused.get, unused):
         print(f"METHOD={method} does not use {option}")
-    check(takes(chosen, "model") or not images, f"METHOD={method} uses no model: leave IMAGES out")
+    wanted = takes(chosen, "model")
+    check(wanted or not images, f"METHOD={method} uses no model: leave IMAGES out")
     trained = users_model(images, train_steps)
     if method == "auto" and not images and not trained.done():
         trained = None
-    compute([trained] if trained and takes(chosen, "model") else [], 1)
+    compute([trained] if wanted and trained else [], 1)
     found = for_user(chosen, problem, settings, trained)
     mean, before = found.image.mean(0, keepdim=True), problem.operator.pinv(problem.y[:1])
     compared = torch.cat([before, torch.ones_like(mean[..., :8]), mean], -1)

@@ -1,5 +1,4 @@
 """Data, jobs and their cache, records and queries, the report, and a user's photo."""
-import functools
 import json
 import os
 import re
@@ -111,6 +110,7 @@ def test_nl_ridge_is_its_two_formulas_patch_by_patch(size):
     assert torch.allclose(E.ridge_stage(y, first, sigma, 55).double(), stage(first, 55), atol=1e-5)
     found = E.nl_ridge(y[None], sigma)
     assert (found - x).square().mean() < 0.4 * (y - x).square().mean()
+    assert torch.allclose(E.nl_ridge(torch.full((1, 3, 20, 20), 0.5), 0.1), torch.tensor(0.5), atol=1e-3)
 
 
 def test_a_shifted_model_is_the_model_of_the_shifted_pictures():
@@ -217,8 +217,7 @@ def test_killed_work_is_resumed_and_finished_work_is_left_alone(tmp_path):
                       "    E.compute([E.job('ridge', p, 'noise 25', size=32) for p in E.TEST[:2]] + "
                       "[E.job('dip', 'coffee', 'hole', size=32, steps=int(sys.argv[1]))], 2)\n"
                       "    print('finished')\n")
-    begin = functools.partial(subprocess.Popen, cwd=tmp_path, start_new_session=True)
-    process = begin([sys.executable, str(script), "99999"])
+    process = subprocess.Popen([sys.executable, str(script), "99999"], cwd=tmp_path, start_new_session=True)
     began, cache = time.time(), tmp_path / ".cache"
     while len(list(cache.glob("ridge-*.pt"))) < 2 and time.time() - began < 90:
         time.sleep(0.3)
@@ -544,26 +543,25 @@ def test_refusals_are_one_sentence(tmp_path):
     cases = [
         ("not there", {"image": "none.png"}), ("cannot be read", {"image": str(tmp_path / "broken.png")}),
         ("be read", {"image": str(tmp_path / "cut.png")}), ("inverted", {"image": inverted}),
-        ("not numbers", {"image": str(tmp_path / "nan.tiff")}), ("resize it", {"image": small}),
-        ("needs IMAGE", {"image": ""}), ("needs IMAGE", {"task": "sharpen"}), ("no noise", {"image": flat}),
-        ("choose auto, interpolation", {"task": "superres", "method": "pair"}),
-        ("choose auto, ridge", {"method": "magic"}),
+        ("not a file", {"image": str(tmp_path)}), ("not numbers", {"image": str(tmp_path / "nan.tiff")}),
+        ("resize it", {"image": small}), ("needs IMAGE", {"image": ""}), ("no noise", {"image": flat}),
+        ("needs IMAGE", {"task": "sharpen"}), ("choose auto, ridge", {"method": "magic"}),
+        ("choose auto, interpolation", {"task": "superres", "method": "pair"}), ("itself", {"out": good}),
         ("SAMPLES=0", {"samples": "0"}), ("SIGMA=loud", {"sigma": "loud"}), ("SIGMA=nan", {"sigma": "nan"}),
-        ("SIGMA=300", {"sigma": "300"}), ("SIGMA=--5", {"sigma": "--5"}),
-        ("FACTOR=1", {"task": "superres", "factor": "1"}),
-        ("needs MASK", {"task": "inpaint"}), ("all white", {"task": "inpaint", "mask": white}),
-        ("black but", {"task": "inpaint", "mask": black}), ("size", {"task": "inpaint", "mask": other}),
-        ("cannot write", {"out": str(tmp_path / "no" / "x.png")}), ("cannot write", {"out": "x.webp"}),
-        ("itself", {"out": good}), ("itself", {"task": "inpaint", "mask": half, "out": half}),
-        ("no result", {"out": str(tmp_path / "folder.png")}), ("too long", {"out": "x" * 250 + ".png"}),
-        ("no use for SIGMA", {"task": "inpaint", "sigma": "25"}), ("no use for MASK", {"mask": black}),
-        ("whole number", {"task": "superres", "factor": "2.5"}), ("whole number", {"samples": "1.5"}),
-        ("STEPS=-3", {"steps": "-3"}), ("STEPS=0", {"steps": "0"}),
-        ("one result", {"samples": "4"}), ("needs IMAGES", {"train_steps": "99"}),
-        ("uses no model", {"method": "pair", "images": str(tmp_path)}), ("sides", {"image": wide}),
+        ("SIGMA=300", {"sigma": "300"}), ("SIGMA=--5", {"sigma": "--5"}), ("STEPS=-3", {"steps": "-3"}),
+        ("FACTOR=1", {"task": "superres", "factor": "1"}), ("needs MASK", {"task": "inpaint"}),
+        ("all white", {"task": "inpaint", "mask": white}), ("black but", {"task": "inpaint", "mask": black}),
+        ("size", {"task": "inpaint", "mask": other}), ("cannot write", {"out": "x.webp"}),
+        ("cannot write", {"out": str(tmp_path / "no" / "x.png")}), ("too long", {"out": "x" * 250 + ".png"}),
+        ("itself", {"task": "inpaint", "mask": half, "out": half}), ("no use for MASK", {"mask": black}),
+        ("no result", {"out": str(tmp_path / "folder.png")}), ("whole number", {"samples": "1.5"}),
+        ("no use for SIGMA", {"task": "inpaint", "sigma": "25"}), ("STEPS=0", {"steps": "0"}),
+        ("whole number", {"task": "superres", "factor": "2.5"}), ("one result", {"samples": "4"}),
+        ("needs IMAGES", {"train_steps": "99"}), ("sides", {"image": wide}),
+        ("uses no model", {"method": "pair", "images": str(tmp_path)}), ("STEPS=loud", {"steps": "loud"}),
         ("of its 16 bits", {"image": save(tmp_path / "dim.png", np.full((40, 37), 999, np.uint16))}),
-        ("not a file", {"image": str(tmp_path / "pipe.png")}), ("STEPS=loud", {"steps": "loud"}),
-        ("32-bit", {"image": str(tmp_path / "deep.tiff")}), ("not there", {"image": "~nobody/x.png"}),
+        ("not a file", {"image": str(tmp_path / "pipe.png")}), ("not there", {"image": "~nobody/x.png"}),
+        ("32-bit", {"image": str(tmp_path / "deep.tiff")}),
         ("IMAGES=folder", {"method": "diffusion", "images": str(tmp_path / "none")})]
     for message, arguments in cases:
         with pytest.raises(E.Refusal, match=message) as caught:

@@ -71,8 +71,7 @@ def test_sizes():
     assert sum(len(lines(path)) for path in tests) <= 1800
     assert sum(len(lines(path)) for path in scripts) <= 160
     for path in [*tests, *scripts, *(ROOT / f"{name}.py" for name in ALL)]:
-        wide = [line for line in lines(path) if len(line) > 110]
-        assert not wide, (path.name, wide)
+        assert max(map(len, lines(path))) <= 110, path.name
 
 
 def test_public_things_say_what_they_are():
@@ -89,6 +88,11 @@ def test_no_photo_is_in_two_sets():
         assert E.LEARNT[data] == other + E.COMMON and len(group) == 6
         assert all(E.job("diffusion", name, "hole", model="own").model.photos == (data,) for name in group)
     assert len({*E.ONE, *E.TWO, *E.DEVELOPMENT, *E.COMMON}) == 12 + 4 + 7
+
+
+def test_loops_and_methods_are_generators():
+    loops = [ddpm.train, ddpm.p_sample, ddpm.ddim, dip.fit, *(method.run for method in E.METHODS.values())]
+    assert all(map(inspect.isgeneratorfunction, loops))
 
 
 # ---------------------------------------------------------------------------------------------- every method
